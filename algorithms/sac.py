@@ -1,0 +1,177 @@
+"""SAC: Soft Actor-Critic Algorithms and Applications (Haarnoja et al. 2018), arXiv:1812.05905.
+
+    critic   target = rew + gamma (1 - done) [min_i Q'_i(next_obs, next_act) - alpha log pi(next_act | next_obs)]
+             L_Q    = sum_i E (Q_i(obs, act) - target)^2                                                      (Eq. 5)
+    actor    L_pi   = E [alpha log pi(a | obs) - min_i Q_i(obs, a)],  a = tanh(mean + std * noise)            (Eq. 9)
+    alpha    L_a    = -E log_alpha (log pi(a | obs) + target_entropy),  target_entropy = -A                   (Eq. 18)
+
+Online: it acts while it learns. Its snapshots are the behaviour policies of the datasets collected here.
+Differs from the authors' code: log_alpha stands for alpha in Eq. 18, as in all later code.
+Usage: python algorithms/sac.py --env halfcheetah --steps 1000000
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from datasets import BODIES, Dataset, find_task
+from results.run import Run
+
+
+@dataclass
+class Args:
+    env: str = "halfcheetah"  # the body: halfcheetah, hopper, walker2d
+    seed: int = 0
+    steps: int = 1_000_000  # environment steps, one update each
+    batch_size: int = 256
+    lr: float = 3e-4
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # Polyak step of the target critics
+    eval_every: int = 5_000
+    eval_episodes: int = 10
+    device: str = "auto"
+    resume: bool = False  # continue the run with these arguments from its checkpoint
+    record: bool = False  # keep the run's record in results/runs/ as well
+    start_steps: int = 10_000  # uniformly random actions, before the first update
+    buffer_size: int = 1_000_000
+    snapshot_every: int = 0  # write the policy every so many steps (0: never), as datasets/policies/ has them
+
+
+def mlp(*sizes):
+    layers = []
+    for i, o in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(i, o), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Actor(nn.Module):
+    """Gaussian squashed by tanh: obs (B, O) -> act (B, A) in [-1, 1] and its log density (B,)."""
+
+    def __init__(self, obs_dim, act_dim):
+        super().__init__()
+        self.net = mlp(obs_dim, 256, 256, 2 * act_dim)
+
+    def forward(self, obs):
+        mean, log_std = self.net(obs).chunk(2, -1)  # (B, A) each
+        log_std = log_std.clamp(-20, 2)
+        noise = torch.randn_like(mean)
+        u = mean + log_std.exp() * noise
+        # log N(u) - log |d tanh(u) / du|, the latter as 2 (log 2 - u - softplus(-2 u)), which does not underflow
+        log_prob = -0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi) - 2 * (np.log(2) - u - F.softplus(-2 * u))
+        return u.tanh(), log_prob.sum(-1)
+
+
+class Critic(nn.Module):
+    """Two Q-functions: obs (B, O), act (B, A) -> q (2, B)."""
+
+    def __init__(self, obs_dim, act_dim):
+        super().__init__()
+        self.nets = nn.ModuleList(mlp(obs_dim + act_dim, 256, 256, 1) for _ in range(2))
+
+    def forward(self, obs, act):
+        x = torch.cat([obs, act], -1)
+        return torch.stack([net(x).squeeze(-1) for net in self.nets])
+
+
+def policy(actor, obs):
+    """The action to evaluate, the squashed mean: obs (B, O) -> act (B, A)."""
+    return actor.net(obs).chunk(2, -1)[0].tanh()
+
+
+def critic_loss(args, batch, actor, critic, critic_target, alpha):
+    with torch.no_grad():
+        next_act, next_log_prob = actor(batch.next_obs)  # (B, A), (B,)
+        next_q = critic_target(batch.next_obs, next_act).amin(0) - alpha * next_log_prob  # (B,)
+        target = batch.rew + args.gamma * (1 - batch.done) * next_q
+    q = critic(batch.obs, batch.act)  # (2, B)
+    return ((q - target) ** 2).mean(1).sum()  # (Eq. 5)
+
+
+def actor_loss(batch, actor, critic, alpha):
+    act, log_prob = actor(batch.obs)  # (B, A), (B,)
+    q = critic(batch.obs, act).amin(0)  # (B,)
+    return (alpha * log_prob - q).mean(), log_prob.detach()  # (Eq. 9)
+
+
+def alpha_loss(log_alpha, log_prob, target_entropy):
+    return -(log_alpha * (log_prob + target_entropy)).mean()  # (Eq. 18)
+
+
+def save_policy(path, actor):
+    """Weights as float16 arrays of one small file, read by datasets/collect.py without PyTorch."""
+    np.savez(path, **{name: weight.half().cpu().numpy() for name, weight in actor.net.state_dict().items()})
+
+
+def train(args):
+    run = Run(__file__, args)
+    task = find_task(args.env, BODIES)
+    env = task.make_env()
+    O, A = env.observation_space.shape[0], env.action_space.shape[0]
+    data = Dataset.buffer(task, min(args.buffer_size, args.steps), O, A, run.device)
+
+    actor, critic, critic_target = (net(O, A).to(run.device) for net in (Actor, Critic, Critic))
+    critic_target.load_state_dict(critic.state_dict())
+    critic_target.requires_grad_(False)
+    log_alpha = torch.zeros((), device=run.device, requires_grad=True)
+    actor_opt = torch.optim.Adam(actor.parameters(), args.lr, fused=True)
+    critic_opt = torch.optim.Adam(critic.parameters(), args.lr, fused=True)
+    alpha_opt = torch.optim.Adam([log_alpha], args.lr, fused=True)
+
+    def update():
+        batch = data.sample(args.batch_size)
+        alpha = log_alpha.detach().exp()
+        loss_q = critic_loss(args, batch, actor, critic, critic_target, alpha)
+        critic_opt.zero_grad()
+        loss_q.backward()
+        critic_opt.step()
+
+        critic.requires_grad_(False)  # the actor needs the critics' slope in act, not in their weights
+        loss_pi, log_prob = actor_loss(batch, actor, critic, alpha)
+        actor_opt.zero_grad()
+        loss_pi.backward()
+        actor_opt.step()
+        critic.requires_grad_(True)
+
+        loss_alpha = alpha_loss(log_alpha, log_prob, -A)
+        alpha_opt.zero_grad()
+        loss_alpha.backward()
+        alpha_opt.step()
+
+        torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
+        return {"critic_loss": loss_q.detach(), "actor_loss": loss_pi.detach(), "alpha": alpha}
+
+    losses, obs = {"alpha": log_alpha.detach().exp()}, None
+    state = dict(actor=actor, critic=critic, critic_target=critic_target, log_alpha=log_alpha, buffer=data)
+    state |= dict(actor_opt=actor_opt, critic_opt=critic_opt, alpha_opt=alpha_opt)
+    for step in run.steps(data, **state):
+        if obs is None:  # seeded by the step, so that a resumed run meets the same start states
+            obs, _ = env.reset(seed=10_000_000 * args.seed + step)
+        if step <= args.start_steps:
+            action = torch.rand(A) * 2 - 1
+        else:
+            with torch.no_grad():
+                action = actor(torch.as_tensor(obs, dtype=torch.float32, device=run.device)[None])[0][0].cpu()
+        next_obs, rew, terminated, truncated, _ = env.step(action.numpy())
+        data.add(obs, action, rew, next_obs, terminated)
+        run.resumable = terminated or truncated
+        obs = None if run.resumable else next_obs
+
+        if step > args.start_steps:
+            losses = update()
+        run.watch(losses)
+        if args.snapshot_every and step % args.snapshot_every == 0:
+            save_policy(run.folder / f"policy-{step:07d}.npz", actor)
+        if run.due(step):
+            run.report(step, losses, data.evaluate(lambda x: policy(actor, x), args.eval_episodes, args.seed))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    train(tyro.cli(Args))

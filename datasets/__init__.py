@@ -1,0 +1,18 @@
+"""The shared library of datasets: `load(env)` returns a Dataset of tensors on the training device."""
+
+import sys
+
+from datasets.catalog import BODIES, TASKS, Task, UserError, find_task
+from datasets.dataset import Batch, Dataset
+
+__all__ = ["BODIES", "TASKS", "Batch", "Dataset", "Task", "UserError", "find_task"]
+
+
+def _show(kind, error, traceback):
+    if issubclass(kind, UserError):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = _show  # exit status 1, as for any exception

@@ -1,0 +1,123 @@
+"""Dataset: transitions as tensors on the training device."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from datasets.catalog import UserError
+
+
+class Batch(NamedTuple):
+    obs: torch.Tensor  # (B, O)
+    act: torch.Tensor  # (B, A), in [-1, 1]
+    rew: torch.Tensor  # (B,)
+    next_obs: torch.Tensor  # (B, O)
+    done: torch.Tensor  # (B,), 1 where the episode terminated; a time-out is not a termination
+
+
+class Dataset:
+    """N transitions, each one row of a single table, so that a batch costs one gather.
+
+    Columns are views of the table (`data.rew *= 0.1` changes the data): obs (N, O), act (N, A), rew (N,),
+    next_obs (N, O), done (N,). `ends` (E,) holds, for each episode, the index after its last row.
+    `obs_mean` and `obs_std` (O,) are what `normalize_obs` applied, 0 and 1 before; whoever acts applies them too.
+    """
+
+    def __init__(self, task, source, fingerprint, rows, ends, obs_dim, act_dim):
+        self.task, self.source, self.fingerprint = task, source, fingerprint
+        self.rows, self.ends, self.obs_dim, self.act_dim = rows, np.asarray(ends), obs_dim, act_dim
+        self.size = len(rows)
+        self.obs_mean = torch.zeros(obs_dim, device=rows.device)
+        self.obs_std = torch.ones(obs_dim, device=rows.device)
+        self._envs = []
+
+    @classmethod
+    def buffer(cls, task, capacity, obs_dim, act_dim, device):
+        """An empty replay buffer of an online run; once it is full, `add` replaces the oldest transition."""
+        data = cls(task, "online", "", torch.zeros(capacity, 2 * obs_dim + act_dim + 2, device=device), [], obs_dim, act_dim)
+        data.size = data.added = 0
+        return data
+
+    def add(self, obs, act, rew, next_obs, done):
+        row = np.concatenate([obs, act, [rew], next_obs, [done]])
+        self.rows[self.added % len(self.rows)] = torch.as_tensor(row, dtype=torch.float32)
+        self.added += 1
+        self.size = min(self.added, len(self.rows))
+
+    def state_dict(self):
+        return {"rows": self.rows[: self.size], "added": self.added}
+
+    def load_state_dict(self, state):
+        self.added, self.size = state["added"], len(state["rows"])
+        self.rows[: self.size] = state["rows"]
+
+    def __len__(self):
+        return self.size
+
+    def split(self, rows):
+        """The columns of a block of rows, as views."""
+        O, A = self.obs_dim, self.act_dim
+        obs, act, rew, next_obs, done = rows.split((O, A, 1, O, 1), dim=-1)
+        return Batch(obs, act, rew.squeeze(-1), next_obs, done.squeeze(-1))
+
+    obs = property(lambda self: self.split(self.rows[: self.size]).obs)
+    act = property(lambda self: self.split(self.rows[: self.size]).act)
+    next_obs = property(lambda self: self.split(self.rows[: self.size]).next_obs)
+    done = property(lambda self: self.split(self.rows[: self.size]).done)
+
+    @property
+    def rew(self):
+        return self.split(self.rows[: self.size]).rew
+
+    @rew.setter
+    def rew(self, value):  # lets `data.rew *= 0.1` work
+        self.rew[:] = value
+
+    def sample(self, batch_size):
+        """A Batch drawn uniformly with replacement, indices drawn on the device."""
+        return self.split(self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)])
+
+    def returns(self):
+        """Undiscounted return of each episode, (E,) float64."""
+        starts = np.concatenate([[0], self.ends[:-1]])
+        return np.add.reduceat(self.rew.cpu().double().numpy(), starts)
+
+    def keep(self, rows, ends):
+        """Keeps only these rows, (N',) indices, with the episode ends `ends` among them."""
+        self.rows, self.ends, self.size = self.rows[torch.as_tensor(rows)], np.asarray(ends), len(rows)
+
+    def normalize_obs(self, eps=1e-3):
+        """(obs - mean) / (std + eps), in place, for obs and next_obs."""
+        self.obs_mean, self.obs_std = self.obs.mean(0), self.obs.std(0) + eps
+        self.obs.sub_(self.obs_mean).div_(self.obs_std)
+        self.next_obs.sub_(self.obs_mean).div_(self.obs_std)
+
+    @torch.no_grad()
+    def evaluate(self, policy, episodes, seed):
+        """Returns of `episodes` episodes, (episodes,) float64. `policy` maps normalized obs (E, O) to act (E, A).
+
+        The episodes run side by side with one policy call a step. The same seed gives the same start states, so that
+        two evaluations of a run differ by the policy alone.
+        """
+        while len(self._envs) < episodes:
+            self._envs.append(self.task.make_env())
+        obs = np.zeros((episodes, self.obs_dim))
+        for i in range(episodes):
+            obs[i] = self._envs[i].reset(seed=1000 * seed + i)[0]
+        returns, running = np.zeros(episodes), list(range(episodes))
+        while running:
+            x = torch.as_tensor(obs, dtype=torch.float32, device=self.rows.device)
+            act = policy((x - self.obs_mean) / self.obs_std).clamp(-1, 1).cpu().numpy()  # (E, A)
+            if not np.isfinite(act).all():
+                raise UserError("The policy returns actions that are not finite; the run has diverged.")
+            for i in tuple(running):
+                obs[i], rew, terminated, truncated, _ = self._envs[i].step(act[i])
+                returns[i] += rew
+                if terminated or truncated:
+                    running.remove(i)
+        return returns
+
+    def score(self, returns):
+        """Normalized score: 0 is a random policy, 100 an expert."""
+        return self.task.score(returns)

@@ -1,0 +1,260 @@
+"""Run: what every script needs around its updates, and what carries no algorithmic choice.
+
+A progress bar, TensorBoard, the check for losses that are not finite, checkpoints, exact resume, the run's record.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium
+import mujoco
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from datasets import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+# Arguments that do not tell one run from another: a resume may change them, and they are not in the folder's name.
+FREE = {"steps", "device", "resume", "record"}
+
+
+class Run:
+    """One training run of one seed.
+
+        run = Run(__file__, args)                        # checks the arguments, seeds torch, names the device
+        for step in run.steps(data, actor=actor, ...):   # from 1, or from where the checkpoint stands
+            losses = update(step)                        # {name: () tensor}
+            run.watch(losses)
+            if run.due(step):
+                run.report(step, losses, returns)
+
+    The keyword arguments of `steps` are what a checkpoint holds: anything with a state_dict, or a tensor.
+    """
+
+    def __init__(self, script, args):
+        self.args, self.algorithm = args, Path(script).stem
+        for name in ("steps", "eval_every", "eval_episodes", "batch_size"):
+            if getattr(args, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
+        self.device = choose_device(args.device)
+        torch.manual_seed(args.seed)
+        self.resumable = True  # an online script clears it inside an episode: an environment cannot be checkpointed
+        self.curve, self.seconds = [], 0.0
+        self._interrupted = self._save_due = False
+
+    def steps(self, data, **state):
+        """Yields the steps; saves when it is due, on Ctrl-C, and at the end, where the record is written as well."""
+        self.data, self.state, self.folder = data, state, self._folder(data)
+        self.checkpoint = self.folder / "checkpoint.pt"
+        start = self._restore() if self.args.resume else self._start_afresh()
+        self.step = self._checked = start
+        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self._good_steps = torch.zeros((), dtype=torch.long, device=self.device)
+        self._board = SummaryWriter(self.folder, purge_step=start + 1)
+        handler = signal.signal(signal.SIGINT, self._interrupt)
+        self._bar = tqdm(total=self.args.steps, initial=start, desc=f"{self.algorithm} {data.task.name}", unit="step",
+                         mininterval=0.5, dynamic_ncols=True)  # fmt: skip
+        self._clock = time.perf_counter()
+        try:
+            for step in range(start + 1, self.args.steps + 1):
+                yield step
+                self.step = step
+                self._bar.update()
+                if self.resumable and (self._save_due or self._interrupted):
+                    self._save()
+                    if self._interrupted:
+                        raise UserError(f"Stopped after step {step} and saved; the same command with --resume goes on.")
+            self._save()
+            self._finish()
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            self._bar.close()
+            self._board.close()
+
+    def watch(self, losses):
+        """Counts the steps up to the first loss that is not finite, and reads nothing back from the device."""
+        self._finite &= torch.isfinite(sum(losses.values()))
+        self._good_steps += self._finite
+
+    def due(self, step):
+        """True when this step is to be evaluated."""
+        if step % self.args.eval_every and step != self.args.steps:
+            return False
+        self._check_finite(step)
+        return True
+
+    def report(self, step, losses, returns):
+        """Writes an evaluation, episode returns (episodes,), to the bar, TensorBoard and the curve; saves next."""
+        score = float(np.mean(self.data.score(returns)))
+        self.curve.append({"step": step, "score": round(score, 3), "returns": [round(float(r), 3) for r in returns]})
+        self._board.add_scalar("score", score, step)
+        self._board.add_scalar("return", float(np.mean(returns)), step)
+        for name, loss in losses.items():
+            self._board.add_scalar(name, loss.item(), step)
+        self._bar.set_postfix(score=f"{score:.1f}", return_=f"{np.mean(returns):.0f}", refresh=False)
+        self._save_due = True
+
+    def _check_finite(self, step):
+        good = int(self._good_steps)
+        if good < step - self._checked:
+            kept = f"the last good checkpoint is kept in {_short(self.checkpoint)}"
+            raise UserError(
+                f"A loss stopped being finite at step {self._checked + good + 1}; "
+                f"{kept if self.checkpoint.exists() else 'there is no checkpoint yet'}. A lower --lr is the usual cure."
+            )
+        self._checked = step
+        self._good_steps.zero_()
+
+    def _folder(self, data):
+        """runs/<algorithm>/<source>/<task>/<seed and the arguments that are not at their defaults>."""
+        name = f"seed={self.args.seed}"
+        for field in dataclasses.fields(self.args):
+            value = getattr(self.args, field.name)
+            if field.name not in FREE | {"env", "source", "seed"} and value != field.default:
+                name += f",{field.name}={value}"
+        return Path(os.environ.get("RUNS_DIR", ROOT / "runs")) / self.algorithm / data.source / data.task.name / name
+
+    def _start_afresh(self):
+        if self.folder.exists():  # an earlier run with the same arguments is moved aside: nothing is lost
+            number = 1
+            while (aside := self.folder.with_name(f"{self.folder.name}~{number}")).exists():
+                number += 1
+            self.folder.rename(aside)
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"Cannot make the run's folder {_short(self.folder)}: {error.strerror}.") from None
+        return 0
+
+    def _restore(self):
+        if not self.checkpoint.exists():
+            others = sorted(path.parent.name for path in self.folder.parent.glob("*/checkpoint.pt"))
+            hint = f"; there is one of {' and of '.join(others)}" if others else ""
+            raise UserError(
+                f"Nothing to resume: no checkpoint of {self.folder.name} in {_short(self.folder.parent)}{hint}. "
+                "A resume takes the arguments of the run that it continues."
+            )
+        saved = load_checkpoint(self.checkpoint, self.device)
+        ours = {"fingerprint": self.data.fingerprint, **dataclasses.asdict(self.args)}
+        theirs = {"fingerprint": saved["fingerprint"], **saved["args"]}
+        differ = [f"{k} was {theirs.get(k)}, is {ours.get(k)}" for k in ours if k not in FREE and ours[k] != theirs.get(k)]
+        if differ:
+            raise UserError(f"Cannot resume {_short(self.checkpoint)} with other arguments: {'; '.join(differ)}.")
+        if self.args.steps < saved["step"]:
+            raise UserError(f"The run already stands at step {saved['step']}; --steps must not be below it.")
+        for name, item in self.state.items():
+            if isinstance(item, torch.Tensor):
+                item.data.copy_(saved["state"][name])
+            else:
+                item.load_state_dict(saved["state"][name])
+        torch.set_rng_state(saved["rng"].cpu())
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), self.device)
+        self.curve, self.seconds = saved["curve"], saved["seconds"]
+        print(f"Resumed {_short(self.checkpoint)} at step {saved['step']}.")
+        return saved["step"]
+
+    def _save(self):
+        """Replaces the checkpoint by a whole new one, or leaves it as it is."""
+        self._check_finite(self.step)
+        now = time.perf_counter()
+        self.seconds, self._clock = self.seconds + now - self._clock, now
+        checkpoint = {
+            "algorithm": self.algorithm, "args": dataclasses.asdict(self.args), "task": self.data.task.name,
+            "env_id": self.data.task.env_id, "source": self.data.source, "fingerprint": self.data.fingerprint,
+            "step": self.step, "obs_mean": self.data.obs_mean, "obs_std": self.data.obs_std,
+            "state": {k: v.detach() if isinstance(v, torch.Tensor) else v.state_dict() for k, v in self.state.items()},
+            "rng": torch.get_rng_state(), "curve": self.curve, "seconds": self.seconds,
+        }  # fmt: skip
+        if self.device.type == "cuda":
+            checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        write_whole(self.checkpoint, lambda path: torch.save(checkpoint, path))
+        self._save_due = False
+
+    def _finish(self):
+        final = self.curve[-1]
+        record = {
+            "algorithm": self.algorithm, "env": self.data.task.name, "source": self.data.source,
+            "fingerprint": self.data.fingerprint, "steps": self.args.steps, "seed": self.args.seed,
+            "score": final["score"], "returns": final["returns"],
+            "args": {k: v for k, v in dataclasses.asdict(self.args).items() if k not in FREE | {"env", "source", "seed"}},
+            "commit": _git("describe", "--always", "--dirty", "--abbrev=12"),
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                         "gymnasium": gymnasium.__version__, "mujoco": mujoco.__version__},
+            "seconds": round(self.seconds, 1), "curve": self.curve,
+        }  # fmt: skip
+        text = json.dumps(record, indent=1) + "\n"
+        places = [self.folder / "record.json"]
+        if self.args.record:
+            cell = self.folder.relative_to(self.folder.parents[3])
+            places.append(ROOT / "results" / "runs" / f"{cell},steps={self.args.steps}.json")
+        for place in places:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(place, lambda path: Path(path).write_text(text))
+        self._bar.close()
+        print(
+            f"{self.algorithm} on {self.data.task.name} (source {self.data.source}, {self.args.steps} steps): "
+            f"normalized score {final['score']:.1f} over {len(final['returns'])} episodes; "
+            f"record, checkpoint and TensorBoard curves in {_short(self.folder)}"
+        )
+
+    def _interrupt(self, signum, frame):
+        if self._interrupted:  # the second Ctrl-C does not wait
+            raise KeyboardInterrupt
+        self._interrupted = True
+
+
+def choose_device(name):
+    """"auto", "cpu", "cuda" or "cuda:1" -> torch.device. UserError where this machine has no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"Unknown --device '{name}'; use cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is not supported; use cpu or cuda.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name} was asked for, but PyTorch sees no such CUDA device; use --device cpu.")
+    return device
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dictionary that `Run` saved: algorithm, args, state, obs_mean, obs_std, … Nothing is unpickled."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"There is no checkpoint {path}.") from None
+    except Exception as error:  # torch.load has no one exception for a damaged file
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
+
+
+def write_whole(path, write):
+    """Calls write(temporary path) and moves the file into place; on any failure `path` stays as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        raise UserError(f"Cannot write {_short(path)}: {error}. What was there before is untouched.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _short(path):
+    return os.path.relpath(path)
+
+
+def _git(*words):
+    done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
