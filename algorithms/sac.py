@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import BODIES, Dataset, find_task
@@ -40,7 +41,7 @@ class Args:
     record: bool = False  # keep the run's record in results/runs/ as well
     start_steps: int = 10_000  # uniformly random actions, before the first update
     buffer_size: int = 1_000_000
-    snapshot_every: int = 0  # write the policy every so many steps (0: never), as datasets/policies/ has them
+    snapshot_every: int = 0  # write the policy every so many steps (0: never), for datasets/policies/
 
 
 def mlp(*sizes):
@@ -111,9 +112,8 @@ def save_policy(path, actor):
 def train(args):
     run = Run(__file__, args)
     task = find_task(args.env, BODIES)
-    env = task.make_env()
-    O, A = env.observation_space.shape[0], env.action_space.shape[0]
-    data = Dataset.buffer(task, min(args.buffer_size, args.steps), O, A, run.device)
+    env, data = task.make_env(), Dataset.buffer(task, min(args.buffer_size, args.steps), run.device)
+    O, A = data.obs_dim, data.act_dim
 
     actor, critic, critic_target = (net(O, A).to(run.device) for net in (Actor, Critic, Critic))
     critic_target.load_state_dict(critic.state_dict())
@@ -147,9 +147,10 @@ def train(args):
         return {"critic_loss": loss_q.detach(), "actor_loss": loss_pi.detach(), "alpha": alpha}
 
     losses, obs = {"alpha": log_alpha.detach().exp()}, None
-    state = dict(actor=actor, critic=critic, critic_target=critic_target, log_alpha=log_alpha, buffer=data)
-    state |= dict(actor_opt=actor_opt, critic_opt=critic_opt, alpha_opt=alpha_opt)
-    for step in run.steps(data, **state):
+    state = dict(buffer=data, actor=actor, critic=critic, critic_target=critic_target, log_alpha=log_alpha)
+    for step in run.steps(data, **state, actor_opt=actor_opt, critic_opt=critic_opt, alpha_opt=alpha_opt):
+        if args.snapshot_every and (step - 1) % args.snapshot_every == 0:  # the first is the untrained policy
+            save_policy(run.folder / f"policy-{step - 1:07d}.npz", actor)
         if obs is None:  # seeded by the step, so that a resumed run meets the same start states
             obs, _ = env.reset(seed=10_000_000 * args.seed + step)
         if step <= args.start_steps:
@@ -165,13 +166,9 @@ def train(args):
         if step > args.start_steps:
             losses = update()
         run.watch(losses)
-        if args.snapshot_every and step % args.snapshot_every == 0:
-            save_policy(run.folder / f"policy-{step:07d}.npz", actor)
         if run.due(step):
             run.report(step, losses, data.evaluate(lambda x: policy(actor, x), args.eval_episodes, args.seed))
 
 
 if __name__ == "__main__":
-    import tyro
-
     train(tyro.cli(Args))

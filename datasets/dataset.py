@@ -33,9 +33,11 @@ class Dataset:
         self._envs = []
 
     @classmethod
-    def buffer(cls, task, capacity, obs_dim, act_dim, device):
+    def buffer(cls, task, capacity, device="cpu"):
         """An empty replay buffer of an online run; once it is full, `add` replaces the oldest transition."""
-        data = cls(task, "online", "", torch.zeros(capacity, 2 * obs_dim + act_dim + 2, device=device), [], obs_dim, act_dim)
+        env = task.make_env()
+        O, A = env.observation_space.shape[0], env.action_space.shape[0]
+        data = cls(task, "online", "", torch.zeros(capacity, 2 * O + A + 2, device=device), [], O, A)
         data.size = data.added = 0
         return data
 
@@ -83,9 +85,12 @@ class Dataset:
         starts = np.concatenate([[0], self.ends[:-1]])
         return np.add.reduceat(self.rew.cpu().double().numpy(), starts)
 
-    def keep(self, rows, ends):
-        """Keeps only these rows, (N',) indices, with the episode ends `ends` among them."""
-        self.rows, self.ends, self.size = self.rows[torch.as_tensor(rows)], np.asarray(ends), len(rows)
+    def keep(self, episodes):
+        """Keeps only these episodes, (E',) indices, in this order."""
+        starts = np.concatenate([[0], self.ends[:-1]])
+        spans = [np.arange(starts[e], self.ends[e]) for e in episodes]
+        self.rows = self.rows[torch.from_numpy(np.concatenate(spans)).to(self.rows.device)]
+        self.ends, self.size = np.cumsum([len(span) for span in spans]), len(self.rows)
 
     def normalize_obs(self, eps=1e-3):
         """(obs - mean) / (std + eps), in place, for obs and next_obs."""

@@ -6,10 +6,8 @@ A progress bar, TensorBoard, the check for losses that are not finite, checkpoin
 import dataclasses
 import json
 import os
-import platform
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from datasets import UserError
+from datasets import UserError, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 # Arguments that do not tell one run from another: a resume may change them, and they are not in the folder's name.
@@ -61,8 +59,8 @@ class Run:
         self._good_steps = torch.zeros((), dtype=torch.long, device=self.device)
         self._board = SummaryWriter(self.folder, purge_step=start + 1)
         handler = signal.signal(signal.SIGINT, self._interrupt)
-        self._bar = tqdm(total=self.args.steps, initial=start, desc=f"{self.algorithm} {data.task.name}", unit="step",
-                         mininterval=0.5, dynamic_ncols=True)  # fmt: skip
+        title = f"{self.algorithm} {data.task.name}"
+        self._bar = tqdm(total=self.args.steps, initial=start, desc=title, unit="step", mininterval=0.5)
         self._clock = time.perf_counter()
         try:
             for step in range(start + 1, self.args.steps + 1):
@@ -144,11 +142,11 @@ class Run:
                 "A resume takes the arguments of the run that it continues."
             )
         saved = load_checkpoint(self.checkpoint, self.device)
-        ours = {"fingerprint": self.data.fingerprint, **dataclasses.asdict(self.args)}
-        theirs = {"fingerprint": saved["fingerprint"], **saved["args"]}
-        differ = [f"{k} was {theirs.get(k)}, is {ours.get(k)}" for k in ours if k not in FREE and ours[k] != theirs.get(k)]
+        theirs = {**saved["args"], "fingerprint": saved["fingerprint"]}
+        ours = {**dataclasses.asdict(self.args), "fingerprint": self.data.fingerprint}
+        differ = [f"{name} was {theirs.get(name)}" for name in ours.keys() - FREE if ours[name] != theirs.get(name)]
         if differ:
-            raise UserError(f"Cannot resume {_short(self.checkpoint)} with other arguments: {'; '.join(differ)}.")
+            raise UserError(f"Cannot resume {_short(self.checkpoint)} with other arguments: {', '.join(differ)}.")
         if self.args.steps < saved["step"]:
             raise UserError(f"The run already stands at step {saved['step']}; --steps must not be below it.")
         for name, item in self.state.items():
@@ -169,30 +167,43 @@ class Run:
         now = time.perf_counter()
         self.seconds, self._clock = self.seconds + now - self._clock, now
         checkpoint = {
-            "algorithm": self.algorithm, "args": dataclasses.asdict(self.args), "task": self.data.task.name,
-            "env_id": self.data.task.env_id, "source": self.data.source, "fingerprint": self.data.fingerprint,
-            "step": self.step, "obs_mean": self.data.obs_mean, "obs_std": self.data.obs_std,
+            "algorithm": self.algorithm,
+            "args": dataclasses.asdict(self.args),
+            "task": self.data.task.name,
+            "source": self.data.source,
+            "fingerprint": self.data.fingerprint,
+            "step": self.step,
             "state": {k: v.detach() if isinstance(v, torch.Tensor) else v.state_dict() for k, v in self.state.items()},
-            "rng": torch.get_rng_state(), "curve": self.curve, "seconds": self.seconds,
-        }  # fmt: skip
+            "obs_mean": self.data.obs_mean,
+            "obs_std": self.data.obs_std,
+            "rng": torch.get_rng_state(),
+            "curve": self.curve,
+            "seconds": self.seconds,
+        }
         if self.device.type == "cuda":
             checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         write_whole(self.checkpoint, lambda path: torch.save(checkpoint, path))
         self._save_due = False
 
     def _finish(self):
-        final = self.curve[-1]
+        final, args = self.curve[-1], dataclasses.asdict(self.args)
+        cpu = f"cpu, {torch.get_num_threads()} threads"
         record = {
-            "algorithm": self.algorithm, "env": self.data.task.name, "source": self.data.source,
-            "fingerprint": self.data.fingerprint, "steps": self.args.steps, "seed": self.args.seed,
-            "score": final["score"], "returns": final["returns"],
-            "args": {k: v for k, v in dataclasses.asdict(self.args).items() if k not in FREE | {"env", "source", "seed"}},
+            "algorithm": self.algorithm,
+            "env": self.data.task.name,
+            "source": self.data.source,
+            "fingerprint": self.data.fingerprint,
+            "steps": self.args.steps,
+            "seed": self.args.seed,
+            "score": final["score"],
+            "returns": final["returns"],
+            "args": {name: value for name, value in args.items() if name not in FREE | {"env", "source", "seed"}},
             "commit": _git("describe", "--always", "--dirty", "--abbrev=12"),
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                         "gymnasium": gymnasium.__version__, "mujoco": mujoco.__version__},
-            "seconds": round(self.seconds, 1), "curve": self.curve,
-        }  # fmt: skip
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else cpu,
+            "versions": {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)},
+            "seconds": round(self.seconds, 1),
+            "curve": self.curve,
+        }
         text = json.dumps(record, indent=1) + "\n"
         places = [self.folder / "record.json"]
         if self.args.record:
@@ -215,7 +226,7 @@ class Run:
 
 
 def choose_device(name):
-    """"auto", "cpu", "cuda" or "cuda:1" -> torch.device. UserError where this machine has no such device."""
+    """The torch.device called "auto", "cpu", "cuda" or "cuda:1". UserError where this machine has no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -237,18 +248,6 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"There is no checkpoint {path}.") from None
     except Exception as error:  # torch.load has no one exception for a damaged file
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
-
-
-def write_whole(path, write):
-    """Calls write(temporary path) and moves the file into place; on any failure `path` stays as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise UserError(f"Cannot write {_short(path)}: {error}. What was there before is untouched.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _short(path):

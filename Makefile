@@ -1,0 +1,40 @@
+# With PYTHON given, that interpreter and its packages are used; without it, .venv is made and used.
+ifdef PYTHON
+READY :=
+else
+PYTHON := .venv/bin/python
+READY := .venv/installed
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint results policies clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: $(READY)  ## make .venv with everything that requirements.txt pins
+
+.venv/installed: requirements.txt
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar on -r requirements.txt
+	touch $@
+
+quickstart: $(READY)  ## install, collect a dataset, train TD3+BC on it, print its normalized score (minutes)
+	$(PYTHON) algorithms/td3_bc.py --env halfcheetah-medium --source collected --steps 20000
+
+test: $(READY) lint  ## the test suite
+	$(PYTHON) -m pytest
+
+lint: $(READY)  ## ruff: style and unused code
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+results: $(READY)  ## rebuild results/README.md, the README's table and the figures from results/runs/
+	$(PYTHON) results/table.py
+
+policies: $(READY)  ## train the behaviour policies again and copy the chosen snapshots (hours; goes on where it stopped)
+	$(PYTHON) datasets/policies/train.py
+
+clean:  ## remove .venv and caches; runs/, datasets and results stay
+	rm -rf .venv .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,103 @@
+"""BC: behaviour cloning, supervised learning of the actions in the data; the baseline of every table.
+
+    L_pi = E (pi(obs) - act)^2
+
+--top-fraction 0.1 is 10% BC (Chen et al., Decision Transformer, NeurIPS 2021, arXiv:2106.01345, Section 5.1): it
+clones only the tenth of the trajectories with the highest returns.
+
+Widths, learning rate, batch size and normalisation are those of CORL's any_percent_bc.py.
+Usage: python algorithms/bc.py --env halfcheetah-medium
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from datasets import UserError, load
+from results.run import Run
+
+
+@dataclass
+class Args:
+    env: str = "halfcheetah-medium"  # the task, or an HDF5 file
+    source: str = "auto"  # where its data come from: auto, collected
+    seed: int = 0
+    steps: int = 1_000_000  # updates
+    batch_size: int = 256
+    lr: float = 3e-4
+    eval_every: int = 5_000
+    eval_episodes: int = 10
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    resume: bool = False  # continue the run with these arguments from its checkpoint
+    record: bool = False  # keep the run's record in results/runs/ as well
+    top_fraction: float = 1.0  # share of the trajectories that are cloned, the best by return (0.1: 10% BC)
+
+
+def mlp(*sizes):
+    layers = []
+    for i, o in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(i, o), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Actor(nn.Module):
+    """obs (B, O) -> act (B, A) in [-1, 1]."""
+
+    def __init__(self, obs_dim, act_dim):
+        super().__init__()
+        self.net = mlp(obs_dim, 256, 256, act_dim)
+
+    def forward(self, obs):
+        return self.net(obs).tanh()
+
+
+def policy(actor, obs):
+    """The action to evaluate: obs (B, O) -> act (B, A)."""
+    return actor(obs)
+
+
+def actor_loss(batch, actor):
+    return F.mse_loss(actor(batch.obs), batch.act)
+
+
+def top_trajectories(data, fraction):
+    """Indices of the trajectories with the highest returns, best first; at least one."""
+    return np.argsort(-data.returns())[: max(1, int(fraction * len(data.ends)))]
+
+
+def train(args):
+    run = Run(__file__, args)
+    if not 0 < args.top_fraction <= 1:
+        raise UserError(f"--top-fraction must lie in (0, 1], not {args.top_fraction}.")
+    data = load(args.env, args.source, run.device)
+    if args.top_fraction < 1:
+        data.keep(top_trajectories(data, args.top_fraction))
+    data.normalize_obs()  # (obs - mean) / (std + 1e-3)
+
+    actor = Actor(data.obs_dim, data.act_dim).to(run.device)
+    actor_opt = torch.optim.Adam(actor.parameters(), args.lr, fused=True)
+
+    def update():
+        batch = data.sample(args.batch_size)
+        loss = actor_loss(batch, actor)
+        actor_opt.zero_grad()
+        loss.backward()
+        actor_opt.step()
+        return {"actor_loss": loss.detach()}
+
+    for step in run.steps(data, actor=actor, actor_opt=actor_opt):
+        losses = update()
+        run.watch(losses)
+        if run.due(step):
+            run.report(step, losses, data.evaluate(lambda obs: policy(actor, obs), args.eval_episodes, args.seed))
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))

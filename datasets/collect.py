@@ -1,0 +1,162 @@
+"""Collects D4RL's locomotion datasets anew, from the behaviour policies in datasets/policies/.
+
+D4RL's protocol: actions are sampled from SAC policies, "random" is an untrained one, "medium" one stopped early,
+"expert" one trained to the end, "medium-expert" both; for "medium-replay", which in D4RL is the replay buffer of the
+medium policy's training, snapshots along that training act. Sizes are D4RL's.
+
+Usage: python datasets/collect.py --env halfcheetah-medium
+"""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import sys
+import tomllib
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers' NumPy, whose matrices are small
+import mujoco
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from datasets.catalog import UserError, find_task
+from datasets.sources import collected_file, describe, read_hdf5, write_hdf5
+
+POLICIES = Path(__file__).resolve().parent / "policies"
+PROTOCOL = 1  # to be raised with every change here that changes the transitions
+SHARD = 20_000  # transitions that one job collects; fixed, so that the data do not depend on the number of workers
+ENVS = 10  # environments that one job steps together, with one call of the policy
+REPLAY_SIZES = {"halfcheetah": 202_000, "hopper": 402_000, "walker2d": 302_000}
+
+
+@dataclass
+class Args:
+    env: str  # the task, say halfcheetah-medium
+    transitions: int = 0  # collect so many instead of D4RL's number (then give --out as well)
+    out: str = ""  # write to this file instead of the cache
+
+
+def plan(task, transitions=0):
+    """What to collect: a list of jobs (policy file, transitions, seed). UserError if a policy does not exist yet."""
+    body, quality = task.name.split("-", 1)
+    table = tomllib.loads((POLICIES / "policies.toml").read_text())
+    jobs = []
+    for part in quality.split("-") if quality == "medium-expert" else [quality]:
+        files = [POLICIES / f"{body}-{step:07d}.npz" for step in table.get(body, {}).get(part, [])]
+        if not files or not all(file.exists() for file in files):
+            raise UserError(
+                f"The behaviour policy of {body}-{part} does not exist yet; 'make policies' trains it, in hours."
+            )
+        total = transitions or (REPLAY_SIZES[body] if part == "medium-replay" else 1_000_000)
+        for file, share in zip(files, spread(total, len(files))):
+            jobs += [(file, size, len(jobs) + i) for i, size in enumerate(spread(share, -(-share // SHARD)))]
+    return jobs
+
+
+def spread(total, parts, unit=1000):
+    """`total` in `parts` near-equal sizes, all but the last multiples of `unit`: whole episodes, if none ends early."""
+    edges = [round(total * i / parts / unit) * unit for i in range(parts)] + [total]
+    return [b - a for a, b in zip(edges, edges[1:]) if b > a]
+
+
+def fingerprint(task, jobs):
+    """12 hexadecimal digits that change with the policies, the sizes, the protocol and the simulator."""
+    digest = hashlib.sha256(f"{PROTOCOL} {task} {mujoco.__version__}".encode())
+    for file, size, seed in jobs:
+        digest.update(f"{size} {seed}".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def load_policy(file):
+    """A snapshot of algorithms/sac.py as a function: obs (E, O) -> mean, log_std, (E, A) each, before the tanh."""
+    with np.load(file, allow_pickle=False) as arrays:
+        W0, b0, W1, b1, W2, b2 = (array.astype(np.float32) for array in arrays.values())
+
+    def policy(obs):
+        h = np.maximum(obs @ W0.T + b0, 0)
+        h = np.maximum(h @ W1.T + b1, 0)
+        mean, log_std = np.split(h @ W2.T + b2, 2, -1)
+        return mean, log_std.clip(-20, 2)
+
+    return policy
+
+
+def rollout(task, file, transitions, seed):
+    """`transitions` rows (obs, act, rew, next_obs, done, timeout), episode after episode, the last one cut to fit.
+
+    Episodes count in the order of their start, not of their end, or short ones would be preferred.
+    """
+    policy, rng = load_policy(file), np.random.default_rng([seed, 0])
+    envs = [task.make_env() for _ in range(ENVS)]
+    episodes, current = [], [None] * ENVS  # lists of rows in the order of their start; the one each environment is in
+    finished = set()
+    obs = np.zeros((ENVS, envs[0].observation_space.shape[0]), np.float32)
+
+    def start(i):
+        obs[i] = envs[i].reset(seed=int(rng.integers(2**31)))[0]
+        current[i] = len(episodes)
+        episodes.append([])
+
+    for i in range(ENVS):
+        start(i)
+    whole = kept = 0  # the first `whole` episodes are finished and have `kept` rows
+    while kept < transitions:
+        mean, log_std = policy(obs)
+        act = np.tanh(mean + np.exp(log_std) * rng.standard_normal(mean.shape, np.float32))
+        for i in range(ENVS):
+            next_obs, rew, terminated, truncated, _ = envs[i].step(act[i])
+            next_obs = next_obs.astype(np.float32)
+            episodes[current[i]].append(np.concatenate([obs[i], act[i], [rew], next_obs, [terminated, truncated]]))
+            obs[i] = next_obs
+            if terminated or truncated:
+                finished.add(current[i])
+                start(i)
+        while whole in finished:
+            kept += len(episodes[whole])
+            whole += 1
+    rows = np.array([row for episode in episodes[:whole] for row in episode][:transitions], np.float32)
+    rows[-1, -1] = not rows[-1, -2]  # an episode that is cut has timed out
+    return rows
+
+
+def _ignore_interrupts():  # Ctrl-C is the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def collect(task, path, transitions=0):
+    """Collects `task` into the HDF5 file `path`, in D4RL's layout. The file appears when it is whole, or not at all."""
+    jobs, tables = plan(task, transitions), []
+    workers = ProcessPoolExecutor(
+        min(len(jobs), os.cpu_count()), multiprocessing.get_context("spawn"), initializer=_ignore_interrupts
+    )
+    try:
+        total = sum(size for _, size, _ in jobs)
+        with tqdm(total=total, desc=f"collect {task.name}", unit=" steps", unit_scale=True) as bar:
+            for rows in workers.map(rollout, [task] * len(jobs), *zip(*jobs)):
+                tables.append(rows)
+                bar.update(len(rows))
+    except KeyboardInterrupt:
+        raise UserError(f"Stopped while collecting {task.name}; nothing was written, start again.") from None
+    except BrokenProcessPool:
+        raise UserError(f"A worker was killed, perhaps for want of memory; collect {task.name} again.") from None
+    finally:
+        workers.shutdown(wait=False, cancel_futures=True)
+    write_hdf5(path, task, "collected", fingerprint(task, jobs), np.concatenate(tables))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    args = tyro.cli(Args)
+    if args.transitions < 0 or bool(args.transitions) != bool(args.out):
+        raise UserError("--transitions N, at least 1, and --out FILE go together: another number is another dataset.")
+    task = find_task(args.env)
+    path = Path(args.out) if args.out else collected_file(task)
+    if args.out or not path.exists():
+        collect(task, path, args.transitions)
+    print(f"{describe(read_hdf5(path))}\n{path}, {path.stat().st_size / 1e6:.0f} MB")

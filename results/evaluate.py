@@ -1,0 +1,67 @@
+"""Evaluates a checkpoint, or a behaviour policy of datasets/policies/, in its environment.
+
+Usage: python results/evaluate.py runs/td3_bc/collected/halfcheetah-medium/seed=0/checkpoint.pt --episodes 100
+       python results/evaluate.py datasets/policies/halfcheetah-0120000.npz --noise
+"""
+
+import importlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from datasets import BODIES, TASKS, Dataset, UserError, find_task
+from datasets.collect import load_policy
+from results.run import choose_device, load_checkpoint
+
+
+@dataclass
+class Args:
+    checkpoint: Annotated[Path, tyro.conf.Positional]  # checkpoint.pt of a run, or a behaviour policy (.npz)
+    episodes: int = 100
+    seed: int = 0  # of the start states; a run evaluates with its own seed
+    device: str = "cpu"
+    noise: bool = False  # behaviour policies: sample the actions, as the data were collected, instead of the mean
+
+
+def evaluate(args):
+    """Episode returns (episodes,) of the policy, and the Dataset that scores them."""
+    if args.episodes <= 0:
+        raise UserError(f"--episodes must be at least 1, not {args.episodes}.")
+    device = choose_device(args.device)
+    if args.checkpoint.suffix == ".npz":
+        data = Dataset.buffer(find_task(args.checkpoint.stem.split("-")[0], BODIES), 0, device)
+        behaviour, rng = load_policy(args.checkpoint), np.random.default_rng(args.seed)
+
+        def policy(obs):
+            mean, log_std = behaviour(obs.cpu().numpy())
+            noise = args.noise * np.exp(log_std) * rng.standard_normal(mean.shape, np.float32)
+            return torch.from_numpy(np.tanh(mean + noise))
+    else:
+        saved = load_checkpoint(args.checkpoint, device)
+        data = Dataset.buffer(find_task(saved["task"], TASKS | BODIES), 0, device)
+        data.obs_mean, data.obs_std = saved["obs_mean"], saved["obs_std"]
+        script = importlib.import_module(f"algorithms.{saved['algorithm']}")
+        actor = script.Actor(data.obs_dim, data.act_dim).to(device)
+        actor.load_state_dict(saved["state"]["actor"])
+
+        def policy(obs):
+            return script.policy(actor, obs)
+
+    return data.evaluate(policy, args.episodes, args.seed), data
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    returns, data = evaluate(args)
+    scores = data.score(returns)
+    print(
+        f"{args.checkpoint} in {data.task.env_id}, {len(returns)} episodes: "
+        f"return {returns.mean():.1f} ± {returns.std():.1f}, normalized score {scores.mean():.1f} ± {scores.std():.1f}"
+    )
