@@ -66,7 +66,7 @@ def spread(total, parts, unit=1000):
 
 def fingerprint(task, jobs):
     """12 hexadecimal digits that change with the policies, the sizes, the protocol and the simulator."""
-    digest = hashlib.sha256(f"{PROTOCOL} {task} {mujoco.__version__}".encode())
+    digest = hashlib.sha256(f"{PROTOCOL} {task.env_id} {task.max_episode_steps} {mujoco.__version__}".encode())
     for file, size, seed in jobs:
         digest.update(f"{size} {seed}".encode() + file.read_bytes())
     return digest.hexdigest()[:12]

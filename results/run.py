@@ -204,7 +204,7 @@ class Run:
             "seconds": round(self.seconds, 1),
             "curve": self.curve,
         }
-        text = json.dumps(record, indent=1) + "\n"
+        text = "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()) + "\n}\n"
         places = [self.folder / "record.json"]
         if self.args.record:
             cell = self.folder.relative_to(self.folder.parents[3])
