@@ -104,7 +104,7 @@ def actor_loss(args, batch, actor, q1):
 def train(args):
     run = Run(__file__, args)
     data = load(args.env, args.source, run.device)
-    data.normalize_obs()  # (Section 4.1) (obs - mean) / (std + 1e-3)
+    data.normalize_obs()  # (Eq. 4)
 
     O, A = data.obs_dim, data.act_dim
     actor, actor_target = Actor(O, A).to(run.device), Actor(O, A).to(run.device)

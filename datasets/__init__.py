@@ -12,6 +12,8 @@ __all__ = ["BODIES", "TASKS", "Batch", "Dataset", "Task", "UserError", "find_tas
 def _show(kind, error, traceback):
     if issubclass(kind, UserError):
         print(f"error: {error}", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("error: interrupted", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 

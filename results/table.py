@@ -1,0 +1,161 @@
+"""Rebuilds every table and figure from the records in results/runs/ and the published scores in results/reference.csv.
+
+Reads files only, and writes the same bytes from the same files: results/README.md, results/learning_curves.png, and the
+parts of the README between `<!-- x -->` and `<!-- /x -->`. A cell of the table is one algorithm on one task with equal
+source, fingerprint, steps and arguments; its seeds are averaged, and nothing else ever is.
+
+Usage: make results
+"""
+
+import ast
+import csv
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+NAMES = {"bc": "BC", "td3_bc": "TD3+BC", "sac": "SAC (online)"}
+COLORS = {"BC": "tab:gray", "10% BC": "tab:olive", "TD3+BC": "tab:blue"}
+
+
+def read_cells():
+    """Records grouped by cell, in the order of the table: [(cell, [record, one a seed])]."""
+    cells = defaultdict(list)
+    for path in sorted((RESULTS / "runs").rglob("*.json")):
+        record = json.loads(path.read_text())
+        # The file's name holds the arguments that are not at their defaults: seed=0,alpha=1.0,steps=200000.json
+        changed = tuple(word for word in path.stem.split(",") if not word.startswith(("seed=", "steps=")))
+        name = NAMES[record["algorithm"]]
+        if name == "BC" and changed == ("top_fraction=0.1",):
+            name, changed = "10% BC", ()
+        cell = (record["env"], record["source"], name, changed, record["steps"], record["fingerprint"])
+        arguments = json.dumps(record["args"], sort_keys=True)  # equal in one cell, also where a default has changed
+        cells[(*cell, arguments)].append(record)
+    return sorted(cells.items())
+
+
+def read_published():
+    """(algorithm, task) -> (text, source) of results/reference.csv."""
+    with (RESULTS / "reference.csv").open() as file:
+        return {(row["algorithm"], row["env"]): row for row in csv.DictReader(file)}
+
+
+def mean_and_deviation(values):
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+
+
+def score_table(cells, published):
+    lines = [
+        "| task | algorithm | score | seeds | updates | data | published, D4RL's data |",
+        "| --- | --- | ---: | ---: | ---: | --- | ---: |",
+    ]
+    for (env, source, name, changed, steps, *_), records in cells:
+        row = published.get((name, env))
+        theirs = f"{float(row['mean']):.1f} ± {float(row['std']):.1f}" if row and not changed else ""
+        score = mean_and_deviation([record["score"] for record in records])
+        name = " ".join((name, *changed))
+        lines.append(f"| {env} | {name} | {score} | {len(records)} | {steps:,} | {source} | {theirs} |")
+    return "\n".join(lines)
+
+
+def detail_table(cells):
+    lines = [
+        "| task | algorithm | seed: return of each final episode | minutes a run | device | data | commit |",
+        "| --- | --- | --- | ---: | --- | --- | --- |",
+    ]
+    for (env, source, name, changed, _, fingerprint, _), records in cells:
+        returns = "<br>".join(f"{r['seed']}: {' '.join(f'{x:.0f}' for x in r['returns'])}" for r in records)
+        minutes = np.mean([record["seconds"] for record in records]) / 60
+        devices, commits = ({record[key] for record in records} for key in ("device", "commit"))
+        lines.append(
+            f"| {env} | {' '.join((name, *changed))} | {returns} | {minutes:.0f} | {', '.join(sorted(devices))} "
+            f"| {source} {fingerprint} | {', '.join(sorted(commits))} |"
+        )
+    return "\n".join(lines)
+
+
+def draw_curves(cells, published):
+    """Mean score over training, the seeds' range shaded, the published score as a dotted line; one panel a task."""
+    tasks = sorted({(env, source) for (env, source, *_), _ in cells})
+    figure, axes = plt.subplots(1, len(tasks), figsize=(1.5 + 5.5 * len(tasks), 3.6), squeeze=False)
+    for axis, task in zip(axes[0], tasks):
+        for (env, source, name, changed, *_), records in cells:
+            if (env, source) != task:
+                continue
+            steps = [point["step"] for point in records[0]["curve"]]
+            scores = np.array([[point["score"] for point in record["curve"]] for record in records])  # (seeds, points)
+            color = COLORS.get(name) if not changed else None
+            label = f"{' '.join((name, *changed))}, {len(records)} seeds"
+            (line,) = axis.plot(steps, scores.mean(0), color=color, label=label)
+            axis.fill_between(steps, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
+            if (name, env) in published and not changed:
+                row = published[name, env]
+                axis.axhline(float(row["mean"]), color=line.get_color(), linestyle=":", linewidth=1)
+        axis.set(title=f"{task[0]} ({task[1]})", xlabel="updates", ylabel="normalized score", ylim=(0, None))
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right")
+    figure.text(0.995, 0.01, "dotted: published, D4RL's data, 1,000,000 updates", ha="right", fontsize=7, color="gray")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(RESULTS / "learning_curves.png", dpi=110, metadata={"Software": None})
+
+
+def script_table():
+    """One row a script: its length and the first line of its docstring."""
+    lines = ["| script | lines | paper |", "| --- | ---: | --- |"]
+    for path in sorted((ROOT / "algorithms").glob("*.py")):
+        text = path.read_text()
+        title = ast.get_docstring(ast.parse(text)).splitlines()[0]
+        lines.append(f"| [{path.name}](algorithms/{path.name}) | {len(text.splitlines())} | {title} |")
+    return "\n".join(lines)
+
+
+def fill(text, name, content):
+    """`text` with what stands between <!-- name --> and <!-- /name --> replaced by `content`."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    filled, count = re.subn(pattern, lambda match: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"error: README.md has {count} places marked <!-- {name} -->, not one.")
+    return filled
+
+
+if __name__ == "__main__":
+    cells, published = read_cells(), read_published()
+    scores = score_table(cells, published)
+    draw_curves(cells, published)
+    readme = (ROOT / "README.md").read_text()
+    readme = fill(fill(readme, "scores", scores), "scripts", script_table())
+    (ROOT / "README.md").write_text(readme)
+    sources = "\n".join(sorted({f"- {row['source']}: {row['note']}" for row in published.values()}))
+    (RESULTS / "README.md").write_text(f"""# Results
+
+Written by `make results` from the records in [runs/](runs) and the published scores in [reference.csv](reference.csv).
+
+Scores are normalized as D4RL does (0: random policy, 100: expert), of the policy after the last update, never of the
+best one seen: choosing by evaluation return would need the environment that offline learning does without. Mean ±
+sample standard deviation over seeds; each seed is the mean of its final evaluation episodes.
+
+{scores}
+
+"collected" data come from this project's own behaviour policies: same task, size and quality as D4RL's, not the same
+transitions. Published scores are for D4RL's own data, 1,000,000 updates:
+
+{sources}
+
+![learning curves](learning_curves.png)
+
+## Every run
+
+{detail_table(cells)}
+""")
+    print(f"{len(cells)} cells, {sum(len(records) for _, records in cells)} records: README.md, results/")

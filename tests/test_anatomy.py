@@ -1,0 +1,118 @@
+"""The house: what DESIGN asks of every script, and the text that scripts repeat on purpose."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PATHS = sorted((ROOT / "algorithms").glob("*.py"))
+SOURCES = {path.stem: path.read_text() for path in PATHS}
+BUDGETS = {"bc": 150, "td3_bc": 190, "sac": 190}  # lines
+ALLOWED = {"datasets", "results.run"}  # what a script may import from this repository
+
+
+def pieces(name):
+    """Name of each class and function at the top of a script -> its source."""
+    source = SOURCES[name]
+    return {
+        node.name: ast.get_source_segment(source, node)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef)
+    }
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_order(name):
+    """Docstring, imports, Args, networks, policy, losses, train, main."""
+    source = SOURCES[name]
+    marks = ['"""', "\nimport ", "\nsys.path.insert(0", "\n@dataclass\nclass Args", "\nclass Actor(", "\ndef policy("]
+    marks += ["_loss(", "\ndef train(args):", '\nif __name__ == "__main__":\n    train(tyro.cli(Args))\n']
+    places = [source.find(mark) for mark in marks]
+    assert -1 not in places and places == sorted(places)
+    assert source.endswith(marks[-1])
+    assert source.count("sys.path") == 1
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_docstring_and_length(name):
+    docstring = ast.get_docstring(ast.parse(SOURCES[name]))
+    assert len(docstring.splitlines()) <= 14
+    assert f"python algorithms/{name}.py" in docstring and "arXiv" in docstring
+    assert len(SOURCES[name].splitlines()) <= BUDGETS[name]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports(name):
+    own = set()
+    for node in ast.walk(ast.parse(SOURCES[name])):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in (
+            "datasets",
+            "results",
+            "algorithms",
+            "tests",
+        ):
+            own.add(node.module)
+    assert own <= ALLOWED
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_arguments_are_explained(name):
+    """Each argument has a comment, which --help shows; only those that every reader knows go without."""
+    body = pieces(name)["Args"].splitlines()[1:]
+    known = {"seed", "batch_size", "lr", "eval_every", "eval_episodes", "buffer_size"}
+    for line in body:
+        field, comment = re.fullmatch(r"    (\w+): [^#]*(#.*)?", line).groups()
+        assert comment or field in known, line
+
+
+def test_same_text():
+    """What stands in several scripts is the same to the letter, so that a reader need read it once."""
+    assert pieces("bc")["mlp"] == pieces("td3_bc")["mlp"] == pieces("sac")["mlp"]
+    assert pieces("bc")["Actor"] == pieces("td3_bc")["Actor"]
+    assert pieces("bc")["policy"] == pieces("td3_bc")["policy"]
+    critics = [pieces(name)["Critic"] for name in ("td3_bc", "sac")]
+    assert critics[0].startswith(critics[1])  # TD3+BC's has one method more
+    fields = [dict(re.findall(r"    (\w+): (.*)", pieces(name)["Args"])) for name in SOURCES]
+    for field in (
+        "seed",
+        "batch_size",
+        "lr",
+        "gamma",
+        "tau",
+        "eval_every",
+        "eval_episodes",
+        "device",
+        "resume",
+        "record",
+    ):
+        assert len({args[field] for args in fields if field in args}) == 1, field
+    ends = [SOURCES[name].split("        run.watch(losses)\n")[1] for name in ("bc", "td3_bc")]
+    assert ends[0] == ends[1]
+
+
+def test_readme_is_true():
+    """Every script and every Makefile target is in the README or in `make help`, and each path it links to exists."""
+    readme = (ROOT / "README.md").read_text()
+    for path in PATHS:
+        assert f"| [{path.name}](algorithms/{path.name}) | {len(path.read_text().splitlines())} |" in readme
+    for link in re.findall(r"\]\(([^)#]+)\)", readme):
+        assert (ROOT / link).exists(), link
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
+    for target in ("install", "quickstart", "test", "lint", "results", "policies", "clean"):
+        assert re.search(rf"^{target}\s", shown, re.MULTILINE), target
+
+
+def test_results_are_deterministic(tmp_path):
+    """The tables and figures, made twice from the same records in a copy, are the same bytes, and those committed."""
+    files = ["README.md", "results/README.md", "results/learning_curves.png"]
+    made = []
+    for root in (tmp_path / "a", tmp_path / "b"):
+        root.mkdir()
+        subprocess.run(["cp", "-r", "README.md", "algorithms", "results", root], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "results/table.py"], cwd=root, check=True, capture_output=True)
+        made.append([(root / file).read_bytes() for file in files])
+    assert made[0] == made[1]
+    assert made[0][:2] == [(ROOT / file).read_bytes() for file in files[:2]]

@@ -1,0 +1,122 @@
+"""Each loss against its formula in the paper, worked out in NumPy (float64) from the same parameters."""
+
+import numpy as np
+import pytest
+import torch
+
+from algorithms import bc, sac, td3_bc
+from datasets import Batch
+
+B, O, A = 32, 5, 3
+GAMMA = 0.99
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(1)
+    done = (torch.arange(B) % 4 == 0).float()
+    return Batch(torch.randn(B, O), torch.rand(B, A) * 2 - 1, torch.randn(B), torch.randn(B, O), done)
+
+
+def array(tensor):
+    return tensor.detach().double().numpy()
+
+
+def forward(net, x):
+    """A ReLU network, layer by layer."""
+    weights = [array(p) for p in net.parameters()]
+    for i in range(0, len(weights), 2):
+        x = x @ weights[i].T + weights[i + 1]
+        x = np.maximum(x, 0) if i + 2 < len(weights) else x
+    return x
+
+
+def q_values(critic, obs, act):
+    return np.stack([forward(net, np.hstack([obs, act]))[:, 0] for net in critic.nets])  # (2, B)
+
+
+def fixed_noise(monkeypatch):
+    noise = torch.randn(B, A, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr(torch, "randn_like", lambda x: noise)
+    return array(noise)
+
+
+def test_bc(batch):
+    actor = bc.Actor(O, A)
+    expected = np.mean((np.tanh(forward(actor.net, array(batch.obs))) - array(batch.act)) ** 2)
+    assert bc.actor_loss(batch, actor).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_td3_bc_critic(batch, monkeypatch):
+    critic, critic_target, actor_target = td3_bc.Critic(O, A), td3_bc.Critic(O, A), td3_bc.Actor(O, A)
+    loss = td3_bc.critic_loss
+    noise = np.clip(0.2 * 4 * fixed_noise(monkeypatch), -0.5, 0.5)  # 4 times the usual, so that it is clipped
+    args = td3_bc.Args(policy_noise=0.8)
+    obs, act, rew, next_obs, done = map(array, batch)
+    next_act = np.clip(np.tanh(forward(actor_target.net, next_obs)) + noise, -1, 1)
+    target = rew + GAMMA * (1 - done) * q_values(critic_target, next_obs, next_act).min(0)
+    expected = sum(np.mean((q - target) ** 2) for q in q_values(critic, obs, act))
+    assert loss(args, batch, critic, critic_target, actor_target).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_td3_bc_actor(batch):
+    actor, critic = td3_bc.Actor(O, A), td3_bc.Critic(O, A)
+    obs, act, *_ = map(array, batch)
+    pi = np.tanh(forward(actor.net, obs))
+    q = q_values(critic, obs, pi)[0]
+    expected = -2.5 / np.mean(np.abs(q)) * np.mean(q) + np.mean((pi - act) ** 2)
+    loss = td3_bc.actor_loss(td3_bc.Args(), batch, actor, critic.first)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_td3_bc_lambda_has_no_gradient(batch):
+    """lam is a constant of the loss, not something that the actor could lower."""
+    actor, critic = td3_bc.Actor(O, A), td3_bc.Critic(O, A)
+    td3_bc.actor_loss(td3_bc.Args(), batch, actor, critic.first).backward()
+    gradient = actor.net[0].weight.grad.clone()
+    act = actor(batch.obs)
+    q = critic.first(batch.obs, act)
+    lam = 2.5 / q.abs().mean().item()
+    actor.zero_grad()
+    (-lam * q.mean() + ((act - batch.act) ** 2).mean()).backward()
+    torch.testing.assert_close(gradient, actor.net[0].weight.grad)
+
+
+def squashed(actor, obs, noise):
+    mean, log_std = np.split(forward(actor.net, obs), 2, -1)
+    log_std = np.clip(log_std, -20, 2)
+    act = np.tanh(mean + np.exp(log_std) * noise)
+    normal = -0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi)
+    return act, np.sum(normal - np.log(1 - act**2), -1)  # the textbook form of the change of variables
+
+
+def test_sac_critic(batch, monkeypatch):
+    actor, critic, critic_target = sac.Actor(O, A), sac.Critic(O, A), sac.Critic(O, A)
+    noise = fixed_noise(monkeypatch)
+    obs, act, rew, next_obs, done = map(array, batch)
+    next_act, log_prob = squashed(actor, next_obs, noise)
+    target = rew + GAMMA * (1 - done) * (q_values(critic_target, next_obs, next_act).min(0) - 0.3 * log_prob)
+    expected = sum(np.mean((q - target) ** 2) for q in q_values(critic, obs, act))
+    loss = sac.critic_loss(sac.Args(), batch, actor, critic, critic_target, 0.3)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_sac_actor_and_alpha(batch, monkeypatch):
+    actor, critic = sac.Actor(O, A), sac.Critic(O, A)
+    noise = fixed_noise(monkeypatch)
+    act, log_prob = squashed(actor, array(batch.obs), noise)
+    expected = np.mean(0.3 * log_prob - q_values(critic, array(batch.obs), act).min(0))
+    loss, returned = sac.actor_loss(batch, actor, critic, 0.3)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    log_alpha = torch.tensor(np.log(0.3))
+    expected = -np.log(0.3) * np.mean(log_prob - A)
+    assert sac.alpha_loss(log_alpha, returned, -A).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_sac_log_prob_far_out():
+    """Where tanh rounds to 1 the density stays finite; log(1 - tanh^2) alone would be minus infinity."""
+    actor = sac.Actor(O, A)
+    torch.nn.init.constant_(actor.net[-1].bias, 30.0)
+    act, log_prob = actor(torch.zeros(1, O))
+    assert torch.all(act == 1)
+    assert torch.isfinite(log_prob).all()

@@ -1,0 +1,287 @@
+"""Every script trains, evaluates, stops, resumes exactly, and refuses what it cannot do."""
+
+import dataclasses
+import json
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, fails, start
+
+from algorithms import bc, sac, td3_bc
+from datasets import UserError
+from results import evaluate
+from results.run import choose_device, load_checkpoint
+
+SCRIPTS = {"bc": bc, "td3_bc": td3_bc}  # those that learn from fixed data
+
+
+def arguments(script, small, **changes):
+    return dataclasses.replace(script.Args(), **{"env": str(small), "eval_every": 10, "eval_episodes": 1, **changes})
+
+
+def checkpoint_of(tmp_path):
+    (path,) = (tmp_path / "runs").rglob("checkpoint.pt")
+    return path
+
+
+def assert_equal(a, b):
+    """Nested dictionaries and lists of tensors and numbers, bit for bit."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+def trained(tmp_path, monkeypatch, name, *runs):
+    """Trains with each of the arguments in turn, in a folder of their own; the last checkpoint."""
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / name / "runs"))
+    for train, args in runs:
+        train(args)
+    return load_checkpoint(checkpoint_of(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_resume_is_exact(name, small, tmp_path, monkeypatch):
+    """20 steps = 10 steps + resume + 10 steps: parameters, optimisers, random state, curve."""
+    script = SCRIPTS[name]
+    args = arguments(script, small, steps=20)
+    whole = trained(tmp_path, monkeypatch, "whole", (script.train, args))
+    first, second = dataclasses.replace(args, steps=10), dataclasses.replace(args, resume=True)
+    parts = trained(tmp_path, monkeypatch, "parts", (script.train, first), (script.train, second))
+    for saved in (whole, parts):
+        del saved["args"], saved["seconds"]
+    assert whole["step"] == 20 and [point["step"] for point in whole["curve"]] == [10, 20]
+    assert_equal(whole, parts)
+
+
+def test_resume_is_exact_online(tmp_path, monkeypatch):
+    """SAC, whose environment cannot be checkpointed, resumes from the end of an episode, with its replay buffer."""
+    args = sac.Args(steps=3000, start_steps=2960, batch_size=32, eval_every=900, eval_episodes=1)
+    whole = trained(tmp_path, monkeypatch, "whole", (sac.train, args))
+    calls = []
+
+    class Killed(Exception):
+        pass
+
+    def killing(*words):
+        calls.append(1)
+        if len(calls) == 30:
+            raise Killed
+        return alpha_loss(*words)
+
+    alpha_loss = sac.alpha_loss
+    monkeypatch.setattr(sac, "alpha_loss", killing)
+    with pytest.raises(Killed):
+        trained(tmp_path, monkeypatch, "parts", (sac.train, args))
+    assert load_checkpoint(checkpoint_of(tmp_path / "parts"))["step"] == 2000
+    parts = trained(tmp_path, monkeypatch, "parts", (sac.train, dataclasses.replace(args, resume=True)))
+    assert whole["step"] == parts["step"] == 3000 and len(whole["state"]["buffer"]["rows"]) == 3000
+    assert_equal(whole["state"], parts["state"])
+
+
+def test_kill_and_resume(small, tmp_path, monkeypatch):
+    """kill -9 at three random moments: the end is that of a run which nobody disturbed."""
+    args = arguments(td3_bc, small, steps=400, eval_every=40)
+    whole = trained(tmp_path, monkeypatch, "whole", (td3_bc.train, args))
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "killed" / "runs"))
+    words = ["algorithms/td3_bc.py", "--env", small, "--steps", 400, "--eval-every", 40, "--eval-episodes", 1]
+    for _ in range(3):
+        found = list((tmp_path / "killed").rglob("checkpoint.pt"))
+        before = found[0].stat().st_mtime_ns if found else 0
+        process = start(*words, *(["--resume"] if found else []))
+        deadline = time.time() + 60
+        while time.time() < deadline and process.poll() is None:  # until it has got on, and a random moment longer
+            found = list((tmp_path / "killed").rglob("checkpoint.pt"))
+            if found and found[0].stat().st_mtime_ns > before:
+                break
+            time.sleep(0.02)
+        time.sleep(random.random())
+        process.kill()
+        process.communicate()
+        assert load_checkpoint(found[0])["step"] > 0  # whole, whenever the process died
+    process = start(*words, "--resume")
+    assert process.communicate(timeout=120) and process.returncode == 0
+    assert_equal(whole["state"], load_checkpoint(found[0])["state"])
+
+
+def test_interrupt_saves(small, tmp_path):
+    words = ["algorithms/bc.py", "--env", small, "--steps", 10**6, "--eval-every", 10**6, "--eval-episodes", 1]
+    process = start(*words)
+    while not list((tmp_path / "runs").rglob("events*")):
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in err and "--resume goes on" in err
+    step = load_checkpoint(checkpoint_of(tmp_path))["step"]
+    assert step > 0 and f"after step {step} " in err
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_checkpoint_acts(name, small, tmp_path):
+    """What was evaluated in training comes out again, from the checkpoint alone, by the command and by hand."""
+    args = arguments(SCRIPTS[name], small, steps=10, eval_episodes=3, seed=7)
+    SCRIPTS[name].train(args)
+    path = checkpoint_of(tmp_path)
+    returns, data = evaluate.evaluate(evaluate.Args(path, episodes=3, seed=7))
+    record = json.loads((path.parent / "record.json").read_text())
+    np.testing.assert_allclose(returns, record["returns"], atol=1e-3)
+    assert record["score"] == pytest.approx(data.score(np.mean(returns)), abs=1e-3)
+
+
+def test_readme_example(small, tmp_path, monkeypatch, capsys):
+    """The README's ten lines act with a checkpoint and reach what was evaluated."""
+    td3_bc.train(arguments(td3_bc, small, steps=10))
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("runs/td3_bc/collected/halfcheetah-medium/seed=0/checkpoint.pt", str(checkpoint_of(tmp_path)))
+    monkeypatch.chdir(ROOT)
+    capsys.readouterr()
+    exec(code, {})
+    (evaluated,) = json.loads(checkpoint_of(tmp_path).with_name("record.json").read_text())["returns"]
+    assert float(capsys.readouterr().out) == pytest.approx(evaluated, rel=1e-3)
+
+
+def test_evaluate_command():
+    process = start("results/evaluate.py", "datasets/policies/halfcheetah-0110000.npz", "--episodes", 2)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "2 episodes" in out and "normalized score 4" in out
+
+
+def test_top_fraction(small):
+    data = bc.load(str(small))
+    best = bc.top_trajectories(data, 0.1)
+    returns = data.returns()
+    assert sorted(returns[best]) == sorted(returns)[-2:]
+    assert len(bc.top_trajectories(data, 0.001)) == 1
+    data.keep(best)
+    np.testing.assert_allclose(data.returns(), returns[best])
+
+
+def test_record_and_earlier_run(small, tmp_path):
+    """The record says what was run; a second run with the same arguments leaves the first beside it."""
+    args = arguments(bc, small, steps=10, lr=1e-3)
+    bc.train(args)
+    folder = checkpoint_of(tmp_path).parent
+    assert folder == tmp_path / "runs/bc/collected/halfcheetah-medium/seed=0,lr=0.001,eval_every=10,eval_episodes=1"
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["algorithm"], record["env"], record["source"]) == ("bc", "halfcheetah-medium", "collected")
+    assert (record["steps"], record["seed"], record["args"]["lr"]) == (10, 0, 1e-3)
+    assert len(record["returns"]) == 1 and record["curve"][-1]["score"] == record["score"]
+    (folder / "mine").touch()
+    bc.train(args)
+    assert not (folder / "mine").exists() and Path(f"{folder}~1/mine").exists()
+
+
+def test_not_finite(small, tmp_path, monkeypatch):
+    """A NaN stops the run, names the step, and leaves the checkpoint before it."""
+    args = arguments(td3_bc, small, steps=10)
+    td3_bc.train(args)
+    before = checkpoint_of(tmp_path).read_bytes()
+    critic_loss, calls = td3_bc.critic_loss, []
+
+    def poisoned(*words):
+        calls.append(1)
+        return critic_loss(*words) * (float("nan") if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(td3_bc, "critic_loss", poisoned)
+    with pytest.raises(UserError, match=r"stopped being finite at step 14; the last good checkpoint is kept"):
+        td3_bc.train(dataclasses.replace(args, steps=30, resume=True))
+    assert checkpoint_of(tmp_path).read_bytes() == before
+    message = fails("algorithms/td3_bc.py", "--env", small, "--steps", 20, "--eval-every", 10, "--lr", 1e30)
+    assert "stopped being finite at step" in message and "no checkpoint yet" in message
+
+
+def test_full_disk_while_checkpointing(small, tmp_path):
+    bc.train(arguments(bc, small, steps=10))
+    path = checkpoint_of(tmp_path)
+    before = path.read_bytes()
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    words = ("--env", small, "--steps", 20, "--eval-every", 10, "--eval-episodes", 1, "--resume")
+    assert "Cannot write" in fails("algorithms/bc.py", *words, preexec_fn=small_files)
+    assert path.read_bytes() == before
+    assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]  # no half-written file is left
+
+
+def test_bad_resumes(small, tmp_path, monkeypatch):
+    args = arguments(bc, small, steps=10, resume=True)
+    with pytest.raises(UserError, match="Nothing to resume"):
+        bc.train(args)
+    bc.train(dataclasses.replace(args, resume=False))
+    with pytest.raises(UserError, match="there is one of seed=0,eval_every=10,eval_episodes=1"):
+        bc.train(dataclasses.replace(args, lr=1.0))
+    path = checkpoint_of(tmp_path)
+    changed = path.parent.with_name("seed=0,batch_size=32,eval_every=10,eval_episodes=1")
+    path.parent.rename(changed)  # a checkpoint in another run's folder is not taken for that run's
+    with pytest.raises(UserError, match="other arguments: batch_size was 256"):
+        bc.train(dataclasses.replace(args, batch_size=32))
+    changed.rename(path.parent)
+    with pytest.raises(UserError, match="already stands at step 10"):
+        bc.train(dataclasses.replace(args, steps=5))
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a readable checkpoint"):
+        bc.train(args)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--env", "halfcheetah-mediun"], "nearest names are halfcheetah-medium"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--batch-size", "-1"], "--batch-size must be at least 1"),
+        (["--device", "mps"], "not supported"),
+        (["--device", "gpu"], "Unknown --device 'gpu'"),
+        (["--top-fraction", "2"], "--top-fraction must lie in (0, 1]"),
+    ],
+)
+def test_bad_arguments(words, message):
+    assert message in fails("algorithms/bc.py", *words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_no_cuda():
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(UserError, match="no such CUDA device"):
+        choose_device("cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_cuda(name, small, tmp_path, monkeypatch):
+    """On CUDA: trains, resumes exactly, and its checkpoint acts on a CPU."""
+    script = SCRIPTS[name]
+    args = arguments(script, small, steps=20, device="cuda")
+    first, second = dataclasses.replace(args, steps=10), dataclasses.replace(args, resume=True)
+    trained(tmp_path, monkeypatch, "cuda", (script.train, first), (script.train, second))
+    returns, _ = evaluate.evaluate(evaluate.Args(checkpoint_of(tmp_path / "cuda"), episodes=1))
+    assert np.isfinite(returns).all()
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "algorithms").glob("*.py")), ids=lambda path: path.stem)
+def test_help_from_anywhere(script, tmp_path):
+    process = start(script, "--help")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume" in out and "--lr" in out
+
+
+def test_bc_learns(small, tmp_path):
+    """BC of 20 episodes comes near their mean score, 41, in seconds."""
+    bc.train(arguments(bc, small, steps=2000, eval_every=2000, eval_episodes=5))
+    assert load_checkpoint(checkpoint_of(tmp_path))["curve"][-1]["score"] > 35
