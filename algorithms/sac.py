@@ -76,7 +76,7 @@ class Critic(nn.Module):
         self.nets = nn.ModuleList(mlp(obs_dim + act_dim, 256, 256, 1) for _ in range(2))
 
     def forward(self, obs, act):
-        x = torch.cat([obs, act], -1)
+        x = torch.cat([obs, act], -1)  # (B, O + A)
         return torch.stack([net(x).squeeze(-1) for net in self.nets])
 
 

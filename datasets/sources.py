@@ -4,6 +4,7 @@ One array a key: observations (N, O), actions (N, A), rewards, terminals, timeou
 Files collected here name their task, source and fingerprint in attributes.
 """
 
+import io
 import os
 from pathlib import Path
 
@@ -80,13 +81,12 @@ def write_hdf5(path, task, source, fingerprint, rows):
     O, A = env.observation_space.shape[0], env.action_space.shape[0]
     obs, act, rew, next_obs, done, timeout = np.split(rows, np.cumsum([O, A, 1, O, 1]), axis=1)
 
-    def write(temporary):
-        with h5py.File(temporary, "w") as file:
-            file.attrs.update(task=task.name, source=source, fingerprint=fingerprint)
-            file["observations"], file["actions"], file["next_observations"] = obs, act, next_obs
-            file["rewards"], file["terminals"], file["timeouts"] = rew[:, 0], done[:, 0] > 0, timeout[:, 0] > 0
-
-    write_whole(path, write)
+    image = io.BytesIO()
+    with h5py.File(image, "w") as file:
+        file.attrs.update(task=task.name, source=source, fingerprint=fingerprint)
+        file["observations"], file["actions"], file["next_observations"] = obs, act, next_obs
+        file["rewards"], file["terminals"], file["timeouts"] = rew[:, 0], done[:, 0] > 0, timeout[:, 0] > 0
+    write_whole(path, image.getbuffer())
 
 
 def read_hdf5(path, device="cpu"):
@@ -111,13 +111,13 @@ def read_hdf5(path, device="cpu"):
     return Dataset(task, source, fingerprint, torch.from_numpy(rows).to(device), ends, widths[0], widths[1])
 
 
-def write_whole(path, write):
-    """Calls write(temporary path), then moves the file to `path`; on a failure whatever was at `path` stays."""
+def write_whole(path, content):
+    """Writes the bytes `content` to a temporary file and moves it to `path`; on a failure what was at `path` stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(temporary)
+        temporary.write_bytes(content)
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise UserError(f"Cannot write {path} ({str(error).splitlines()[0]}); what was there is untouched.") from None
+    except OSError as error:
+        raise UserError(f"Cannot write {path} ({error.strerror}); what was there before stays.") from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,11 +3,16 @@
 A progress bar, TensorBoard, the check for losses that are not finite, checkpoints, exact resume, the run's record.
 """
 
+import contextlib
+import ctypes
 import dataclasses
+import io
 import json
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +28,8 @@ from datasets import UserError, write_whole
 ROOT = Path(__file__).resolve().parent.parent
 # Arguments that do not tell one run from another: a resume may change them, and they are not in the folder's name.
 FREE = {"steps", "device", "resume", "record"}
+# TensorBoard writes in a thread of its own; what the disk refuses it is raised again, and told, in `report`.
+threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else threading.__excepthook__(args)
 
 
 class Run:
@@ -57,7 +64,8 @@ class Run:
         self.step = self._checked = start
         self._finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._good_steps = torch.zeros((), dtype=torch.long, device=self.device)
-        self._board = SummaryWriter(self.folder, purge_step=start + 1)
+        with _writing(self.folder):
+            self._board = SummaryWriter(self.folder, purge_step=start + 1)
         handler = signal.signal(signal.SIGINT, self._interrupt)
         title = f"{self.algorithm} {data.task.name}"
         self._bar = tqdm(total=self.args.steps, initial=start, desc=title, unit="step", mininterval=0.5)
@@ -76,7 +84,8 @@ class Run:
         finally:
             signal.signal(signal.SIGINT, handler)
             self._bar.close()
-            self._board.close()
+            with contextlib.suppress(OSError):  # a full disk has been reported by then
+                self._board.close()
 
     def watch(self, losses):
         """Counts the steps up to the first loss that is not finite, and reads nothing back from the device."""
@@ -94,11 +103,12 @@ class Run:
         """Writes an evaluation, episode returns (episodes,), to the bar, TensorBoard and the curve; saves next."""
         score = float(np.mean(self.data.score(returns)))
         self.curve.append({"step": step, "score": round(score, 3), "returns": [round(float(r), 3) for r in returns]})
-        self._board.add_scalar("score", score, step)
-        self._board.add_scalar("return", float(np.mean(returns)), step)
-        for name, loss in losses.items():
-            self._board.add_scalar(name, loss.item(), step)
-        self._bar.set_postfix(score=f"{score:.1f}", return_=f"{np.mean(returns):.0f}", refresh=False)
+        scalars = {"score": score, "return": np.mean(returns), **{name: loss.item() for name, loss in losses.items()}}
+        with _writing(self.folder):
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        self._bar.set_postfix_str(f"score {score:.1f}, return {np.mean(returns):.0f}", refresh=False)
         self._save_due = True
 
     def _check_finite(self, step):
@@ -127,10 +137,8 @@ class Run:
             while (aside := self.folder.with_name(f"{self.folder.name}~{number}")).exists():
                 number += 1
             self.folder.rename(aside)
-        try:
+        with _writing(self.folder):
             self.folder.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"Cannot make the run's folder {_short(self.folder)}: {error.strerror}.") from None
         return 0
 
     def _restore(self):
@@ -144,7 +152,7 @@ class Run:
         saved = load_checkpoint(self.checkpoint, self.device)
         theirs = {**saved["args"], "fingerprint": saved["fingerprint"]}
         ours = {**dataclasses.asdict(self.args), "fingerprint": self.data.fingerprint}
-        differ = [f"{name} was {theirs.get(name)}" for name in ours.keys() - FREE if ours[name] != theirs.get(name)]
+        differ = [f"{k} was {theirs.get(k)}" for k in ours if k not in FREE and ours[k] != theirs.get(k)]
         if differ:
             raise UserError(f"Cannot resume {_short(self.checkpoint)} with other arguments: {', '.join(differ)}.")
         if self.args.steps < saved["step"]:
@@ -182,8 +190,11 @@ class Run:
         }
         if self.device.type == "cuda":
             checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        write_whole(self.checkpoint, lambda path: torch.save(checkpoint, path))
+        file = io.BytesIO()  # torch.save itself would report a full disk in riddles
+        torch.save(checkpoint, file)
+        write_whole(self.checkpoint, file.getbuffer())
         self._save_due = False
+        _give_back_memory()
 
     def _finish(self):
         final, args = self.curve[-1], dataclasses.asdict(self.args)
@@ -211,7 +222,7 @@ class Run:
             places.append(ROOT / "results" / "runs" / f"{cell},steps={self.args.steps}.json")
         for place in places:
             place.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(place, lambda path: Path(path).write_text(text))
+            write_whole(place, text.encode())
         self._bar.close()
         print(
             f"{self.algorithm} on {self.data.task.name} (source {self.data.source}, {self.args.steps} steps): "
@@ -248,6 +259,20 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"There is no checkpoint {path}.") from None
     except Exception as error:  # torch.load has no one exception for a damaged file
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
+
+
+@contextlib.contextmanager
+def _writing(folder):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"Cannot write into {_short(folder)} ({error.strerror}); what is there stays.") from None
+
+
+def _give_back_memory():
+    """glibc before 2.38 fragments under PyTorch's aligned tensors, 20 KB an update: gigabytes in a long CPU run."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _short(path):

@@ -1,0 +1,103 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from results import table
+
+FILES = ["README.md", "results/README.md", "results/learning_curves.png"]
+
+
+def copy_of_the_project(root):
+    root.mkdir()
+    subprocess.run(["cp", "-r", "README.md", "algorithms", "results", root], cwd=ROOT, check=True)
+    return root
+
+
+def rebuild(root):
+    subprocess.run([sys.executable, "results/table.py"], cwd=root, check=True, capture_output=True)
+    return [(root / file).read_bytes() for file in FILES]
+
+
+def test_the_same_bytes(tmp_path):
+    """Tables and figures made twice, in two copies, from the same records; the tables are those committed."""
+    made = [rebuild(copy_of_the_project(tmp_path / name)) for name in "ab"]
+    assert made[0] == made[1]
+    assert made[0][:2] == [(ROOT / file).read_bytes() for file in FILES[:2]]
+
+
+def write(folder, name, **changes):
+    record = {
+        "algorithm": "td3_bc",
+        "env": "hopper-medium",
+        "source": "collected",
+        "fingerprint": "f0",
+        "steps": 1000,
+        "seed": 0,
+        "score": 10.0,
+        "returns": [300.0, 310.0],
+        "args": {"lr": 3e-4},
+        "commit": "c0",
+        "device": "cpu",
+        "seconds": 60.0,
+        "curve": [{"step": 1000, "score": 10.0, "returns": [300.0, 310.0]}],
+        **changes,
+    }
+    path = (
+        folder
+        / "runs"
+        / record["algorithm"]
+        / record["source"]
+        / record["env"]
+        / f"{name},steps={record['steps']}.json"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    shutil.copy(table.RESULTS / "reference.csv", tmp_path)
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def test_cells(folder):
+    """Seeds of equal everything are averaged; another source, fingerprint, length or argument is another row."""
+    write(folder, "seed=0", seed=0, score=10.0)
+    write(folder, "seed=1", seed=1, score=14.0)
+    write(folder, "seed=2", seed=2, score=90.0, fingerprint="f1")
+    write(folder, "seed=3,lr=0.1", seed=3, score=91.0, args={"lr": 0.1})
+    write(folder, "seed=4", seed=4, score=92.0, steps=2000)
+    write(folder, "seed=5", seed=5, score=93.0, source="d4rl")
+    write(folder, "seed=6", seed=6, score=94.0, args={"lr": 1e-4})  # the default was another one then
+    write(folder, "seed=0,top_fraction=0.1", algorithm="bc", score=20.0)
+    lines = table.score_table(table.read_cells(), table.read_published()).splitlines()[2:]
+    assert "| hopper-medium | TD3+BC | 12.0 ± 2.8 | 2 | 1,000 | collected | 60.4 ± 3.5 |" in lines
+    assert "| hopper-medium | 10% BC | 20.0 | 1 | 1,000 | collected | 55.5 ± 7.3 |" in lines
+    assert "| hopper-medium | TD3+BC lr=0.1 | 91.0 | 1 | 1,000 | collected |  |" in lines
+    assert len(lines) == 7
+
+
+def test_curves_of_cells(folder):
+    for seed in range(2):
+        write(folder, f"seed={seed}", seed=seed)
+    table.draw_curves(table.read_cells(), table.read_published())
+    assert Path(folder / "learning_curves.png").stat().st_size > 1000
+
+
+def test_fill():
+    text = "a\n<!-- x -->\nold\n<!-- /x -->\nb"
+    assert table.fill(text, "x", "new") == "a\n<!-- x -->\nnew\n<!-- /x -->\nb"
+    with pytest.raises(SystemExit, match="0 places"):
+        table.fill(text, "y", "new")
+
+
+def test_published_scores_have_sources():
+    rows = table.read_published().values()
+    assert len(rows) == 27
+    assert all(row["source"] and row["note"] for row in rows)
