@@ -33,10 +33,10 @@ class Args:
     batch_size: int = 256
     lr: float = 3e-4
     gamma: float = 0.99  # discount
-    tau: float = 0.005  # Polyak step of the target critics
+    tau: float = 0.005  # Polyak step of the target networks
     eval_every: int = 5_000
     eval_episodes: int = 10
-    device: str = "auto"
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
     resume: bool = False  # continue the run with these arguments from its checkpoint
     record: bool = False  # keep the run's record in results/runs/ as well
     start_steps: int = 10_000  # uniformly random actions, before the first update
