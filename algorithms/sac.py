@@ -115,7 +115,9 @@ def train(args):
     env, data = task.make_env(), Dataset.buffer(task, min(args.buffer_size, args.steps), run.device)
     O, A = data.obs_dim, data.act_dim
 
-    actor, critic, critic_target = (net(O, A).to(run.device) for net in (Actor, Critic, Critic))
+    actor, critic, critic_target = Actor(O, A), Critic(O, A), Critic(O, A)
+    for net in (actor, critic, critic_target):
+        net.to(run.device)
     critic_target.load_state_dict(critic.state_dict())
     critic_target.requires_grad_(False)
     log_alpha = torch.zeros((), device=run.device, requires_grad=True)
