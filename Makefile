@@ -15,7 +15,7 @@ help:  ## this list
 install: $(READY)  ## make .venv with everything that requirements.txt pins
 
 .venv/installed: requirements.txt
-	@python3 -c 'import sys; sys.exit("Python 3.11 or newer is needed; make PYTHON=... takes another." * (sys.version_info < (3, 11)))'
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: put one first on PATH")'
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar on -r requirements.txt
 	touch $@
