@@ -133,12 +133,10 @@ def train(args):
         loss_q.backward()
         critic_opt.step()
 
-        critic.requires_grad_(False)  # the actor needs the critics' slope in act, not in their weights
         loss_pi, log_prob = actor_loss(batch, actor, critic, alpha)
         actor_opt.zero_grad()
-        loss_pi.backward()
+        loss_pi.backward(inputs=list(actor.parameters()))  # the critic's weights need no gradient here
         actor_opt.step()
-        critic.requires_grad_(True)
 
         loss_alpha = alpha_loss(log_alpha, log_prob, -A)
         alpha_opt.zero_grad()

@@ -125,12 +125,10 @@ def train(args):
         losses["critic_loss"] = loss.detach()
 
         if step % args.policy_freq == 0:
-            critic.requires_grad_(False)  # the actor needs the critic's slope in act, not in its weights
             loss = actor_loss(args, batch, actor, critic.first)
             actor_opt.zero_grad()
-            loss.backward()
+            loss.backward(inputs=list(actor.parameters()))  # the critic's weights need no gradient here
             actor_opt.step()
-            critic.requires_grad_(True)
             losses["actor_loss"] = loss.detach()
             for target, net in ((actor_target, actor), (critic_target, critic)):
                 torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), args.tau)
