@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tomllib
+import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -74,8 +75,11 @@ def fingerprint(task, jobs):
 
 def load_policy(file):
     """A snapshot of algorithms/sac.py as a function: obs (E, O) -> mean, log_std, (E, A) each, before the tanh."""
-    with np.load(file, allow_pickle=False) as arrays:
-        W0, b0, W1, b1, W2, b2 = (array.astype(np.float32) for array in arrays.values())
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            W0, b0, W1, b1, W2, b2 = (array.astype(np.float32) for array in arrays.values())
+    except (OSError, ValueError, AttributeError, zipfile.BadZipFile):
+        raise UserError(f"There is no readable behaviour policy {file}.") from None
 
     def policy(obs):
         h = np.maximum(obs @ W0.T + b0, 0)

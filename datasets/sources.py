@@ -57,7 +57,7 @@ def cache_dir():
 
 def collected_file(task):
     """Where the collected dataset of `task` lies or will lie; another fingerprint is another file."""
-    from datasets.collect import fingerprint, plan
+    from datasets.collect import fingerprint, plan  # here, because that module imports this one
 
     return cache_dir() / f"{task.name}-{fingerprint(task, plan(task))}.hdf5"
 

@@ -162,6 +162,21 @@ def test_evaluate_command():
     assert process.returncode == 0 and "2 episodes" in out and "normalized score 4" in out
 
 
+def test_evaluate_refuses(tmp_path):
+    (tmp_path / "halfcheetah-1.npz").write_text("not an archive")
+    (tmp_path / "x.pt").write_text("not a checkpoint")
+    for name, message in (
+        ("halfcheetah-0.npz", "no readable behaviour policy"),
+        ("halfcheetah-1.npz", "no readable behaviour policy"),
+        ("x.pt", "not a readable checkpoint"),
+        ("y.pt", "There is no checkpoint"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate.evaluate(evaluate.Args(tmp_path / name))
+    with pytest.raises(UserError, match="--episodes must be at least 1"):
+        evaluate.evaluate(evaluate.Args(tmp_path / "y.pt", episodes=0))
+
+
 def test_top_fraction(small):
     data = bc.load(str(small))
     best = bc.top_trajectories(data, 0.1)
