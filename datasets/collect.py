@@ -128,20 +128,19 @@ def rollout(task, file, transitions, seed):
     return rows
 
 
-def _ignore_interrupts():  # Ctrl-C is the parent's business
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def collect(task, path, transitions=0):
     """Collects `task` into the HDF5 file `path`, in D4RL's layout. The file appears when it is whole, or not at all."""
     jobs, tables = plan(task, transitions), []
-    workers = ProcessPoolExecutor(
-        min(len(jobs), os.cpu_count()), multiprocessing.get_context("spawn"), initializer=_ignore_interrupts
-    )
+    workers = ProcessPoolExecutor(min(len(jobs), os.cpu_count()), multiprocessing.get_context("spawn"))
+    handler = signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # inherited by the workers: Ctrl-C is this process's business
+    shards = workers.map(rollout, [task] * len(jobs), *zip(*jobs))
+    signal.signal(signal.SIGINT, handler)
     try:
         total = sum(size for _, size, _ in jobs)
         with tqdm(total=total, desc=f"collect {task.name}", unit=" steps", unit_scale=True) as bar:
-            for rows in workers.map(rollout, [task] * len(jobs), *zip(*jobs)):
+            for rows in shards:
                 tables.append(rows)
                 bar.update(len(rows))
     except KeyboardInterrupt:

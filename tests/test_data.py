@@ -1,4 +1,5 @@
 import os
+import random
 import resource
 import signal
 import time
@@ -275,7 +276,9 @@ def test_interrupted_collection_leaves_nothing(tmp_path):
         tmp_path / "x.hdf5",
     )
     process = start(*words, start_new_session=True)
-    time.sleep(5)
+    while "collect" not in process.stderr.readline(10):  # the progress bar: the workers are starting
+        pass
+    time.sleep(random.random() * 4)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it, to the workers too
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "Stopped while collecting" in err and "Traceback" not in err
