@@ -5,7 +5,7 @@
     actor    L_pi   = -lam E Q_1(obs, pi(obs)) + E (pi(obs) - act)^2,   lam = alpha / E|Q_1(obs, pi(obs))|  (Eq. 3, 5)
 
 The critics are TD3's (Fujimoto et al. 2018, arXiv:1802.09477): two of them, target smoothing, delayed actor.
-Differs from the authors' code: nothing but the shape of a batch, one gather from one table.
+Differs from the paper as the authors' code does: Eq. 5 averages |Q| over the data's actions, here it is over pi's.
 Usage: python algorithms/td3_bc.py --env halfcheetah-medium
 """
 

@@ -47,9 +47,10 @@ class Run:
 
     def __init__(self, script, args):
         self.args, self.algorithm = args, Path(script).stem
-        for name in ("steps", "eval_every", "eval_episodes", "batch_size"):
-            if getattr(args, name) <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}.")
+        for field in dataclasses.fields(args):
+            value, least = getattr(args, field.name), field.default and 1  # a default of 0 allows 0: --seed
+            if type(field.default) is int and value < least:
+                raise UserError(f"--{field.name.replace('_', '-')} must be at least {least}, not {value}.")
         self.device = choose_device(args.device)
         torch.manual_seed(args.seed)
         self.resumable = True  # an online script clears it inside an episode: an environment cannot be checkpointed

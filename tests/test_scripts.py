@@ -261,6 +261,7 @@ def test_bad_resumes(small, tmp_path, monkeypatch):
         (["--env", "halfcheetah-mediun"], "nearest names are halfcheetah-medium"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--batch-size", "-1"], "--batch-size must be at least 1"),
+        (["--seed", "-1"], "--seed must be at least 0"),
         (["--device", "mps"], "not supported"),
         (["--device", "gpu"], "Unknown --device 'gpu'"),
         (["--top-fraction", "2"], "--top-fraction must lie in (0, 1]"),
