@@ -92,8 +92,9 @@ def draw_curves(cells, published):
         for (env, source, name, changed, *_), records in cells:
             if (env, source) != task:
                 continue
-            steps = [point["step"] for point in records[0]["curve"]]
-            scores = np.array([[point["score"] for point in record["curve"]] for record in records])  # (seeds, points)
+            curves = [{point["step"]: point["score"] for point in record["curve"]} for record in records]
+            steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+            scores = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, points)
             color = COLORS.get(name) if not changed else None
             label = f"{' '.join((name, *changed))}, {len(records)} seeds"
             (line,) = axis.plot(steps, scores.mean(0), color=color, label=label)
