@@ -143,7 +143,8 @@ def train(args):
         loss_alpha.backward()
         alpha_opt.step()
 
-        torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
+        with torch.no_grad():  # or the targets would drag the whole history of the critics along
+            torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
         return {"critic_loss": loss_q.detach(), "actor_loss": loss_pi.detach(), "alpha": alpha}
 
     losses, obs = {"alpha": log_alpha.detach().exp()}, None

@@ -130,8 +130,9 @@ def train(args):
             loss.backward(inputs=list(actor.parameters()))  # the critic's weights need no gradient here
             actor_opt.step()
             losses["actor_loss"] = loss.detach()
-            for target, net in ((actor_target, actor), (critic_target, critic)):
-                torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), args.tau)
+            with torch.no_grad():  # or the targets would drag the whole history of the networks along
+                for target, net in ((actor_target, actor), (critic_target, critic)):
+                    torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), args.tau)
         return losses
 
     state = dict(actor=actor, actor_target=actor_target, critic=critic, critic_target=critic_target)

@@ -4,14 +4,12 @@ A progress bar, TensorBoard, the check for losses that are not finite, checkpoin
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import io
 import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -195,7 +193,6 @@ class Run:
         torch.save(checkpoint, file)
         write_whole(self.checkpoint, file.getbuffer())
         self._save_due = False
-        _give_back_memory()
 
     def _finish(self):
         final, args = self.curve[-1], dataclasses.asdict(self.args)
@@ -268,12 +265,6 @@ def _writing(folder):
         yield
     except OSError as error:
         raise UserError(f"Cannot write into {_short(folder)} ({error.strerror}); what is there stays.") from None
-
-
-def _give_back_memory():
-    """glibc before 2.38 fragments under PyTorch's aligned tensors, 20 KB an update: gigabytes in a long CPU run."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _short(path):

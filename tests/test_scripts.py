@@ -16,7 +16,7 @@ from conftest import ROOT, fails, start
 from algorithms import bc, sac, td3_bc
 from datasets import UserError
 from results import evaluate
-from results.run import choose_device, load_checkpoint
+from results.run import Run, choose_device, load_checkpoint
 
 SCRIPTS = {"bc": bc, "td3_bc": td3_bc}  # those that learn from fixed data
 
@@ -175,6 +175,19 @@ def test_evaluate_refuses(tmp_path):
             evaluate.evaluate(evaluate.Args(tmp_path / name))
     with pytest.raises(UserError, match="--episodes must be at least 1"):
         evaluate.evaluate(evaluate.Args(tmp_path / "y.pt", episodes=0))
+
+
+@pytest.mark.parametrize("name", ["td3_bc", "sac"])
+def test_targets_have_no_history(name, small, monkeypatch):
+    """A Polyak step with gradients on would chain every update to the one before: right scores, memory without end."""
+    nets = {}
+    monkeypatch.setattr(Run, "_save", lambda run: nets.update(run.state))
+    if name == "sac":
+        sac.train(sac.Args(steps=40, start_steps=20, eval_every=40, eval_episodes=1))
+    else:
+        td3_bc.train(arguments(td3_bc, small, steps=10))
+    targets = [p for key, net in nets.items() if key.endswith("_target") for p in net.parameters()]
+    assert targets and all(p.is_leaf and not p.requires_grad for p in targets)
 
 
 def test_top_fraction(small):
