@@ -2,7 +2,7 @@
 
     L_pi = E (pi(obs) - act)^2
 
---top-fraction 0.1 is 10% BC (Chen et al., Decision Transformer, NeurIPS 2021, arXiv:2106.01345, Section 5.1): it
+--top-fraction 0.1 is 10% BC (Chen et al., Decision Transformer, NeurIPS 2021, arXiv:2106.01345): it
 clones only the tenth of the trajectories with the highest returns.
 
 Widths, learning rate, batch size and normalisation are those of CORL's any_percent_bc.py.

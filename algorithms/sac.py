@@ -6,7 +6,8 @@
     alpha    L_a    = -E log_alpha (log pi(a | obs) + target_entropy),  target_entropy = -A                   (Eq. 18)
 
 Online: it acts while it learns. Its snapshots are the behaviour policies of the datasets collected here.
-Differs from the authors' code: log_alpha stands for alpha in Eq. 18, as in all later code.
+Differs from the paper as the authors' code does: log_alpha stands for alpha in Eq. 18. Differs from the authors' code:
+the critics step before the actor's loss is taken, not together with it.
 Usage: python algorithms/sac.py --env halfcheetah --steps 1000000
 """
 

@@ -1,7 +1,7 @@
 """Evaluates a checkpoint, or a behaviour policy of datasets/policies/, in its environment.
 
 Usage: python results/evaluate.py runs/td3_bc/collected/halfcheetah-medium/seed=0/checkpoint.pt --episodes 100
-       python results/evaluate.py datasets/policies/halfcheetah-0120000.npz --noise
+       python results/evaluate.py datasets/policies/halfcheetah-0110000.npz --noise
 """
 
 import importlib

@@ -131,12 +131,12 @@ class Run:
         return Path(os.environ.get("RUNS_DIR", ROOT / "runs")) / self.algorithm / data.source / data.task.name / name
 
     def _start_afresh(self):
-        if self.folder.exists():  # an earlier run with the same arguments is moved aside: nothing is lost
-            number = 1
-            while (aside := self.folder.with_name(f"{self.folder.name}~{number}")).exists():
-                number += 1
-            self.folder.rename(aside)
         with _writing(self.folder):
+            if self.folder.exists():  # an earlier run with the same arguments is moved aside: nothing is lost
+                number = 1
+                while (aside := self.folder.with_name(f"{self.folder.name}~{number}")).exists():
+                    number += 1
+                self.folder.rename(aside)
             self.folder.mkdir(parents=True)
         return 0
 

@@ -92,9 +92,14 @@ def test_halfcheetah_times_out(small):
     assert not torch.equal(data.next_obs[999], data.obs[1000])
 
 
-def test_the_same_bytes_twice(small, tmp_path):
-    collect.collect(find_task("halfcheetah-medium"), tmp_path / "again.hdf5", 20_000)
-    assert (tmp_path / "again.hdf5").read_bytes() == small.read_bytes()
+def test_the_same_bytes_twice(tmp_path, monkeypatch):
+    """Three jobs, done by one worker and by three."""
+    task = find_task("halfcheetah-medium")
+    assert len(plan(task, 41_000)) == 3
+    for workers in (1, 3):
+        monkeypatch.setattr(os, "cpu_count", lambda count=workers: count)
+        collect.collect(task, tmp_path / f"{workers}.hdf5", 41_000)
+    assert (tmp_path / "1.hdf5").read_bytes() == (tmp_path / "3.hdf5").read_bytes()
 
 
 def test_sizes_are_whole_episodes():
