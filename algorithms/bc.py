@@ -11,6 +11,7 @@ Usage: python algorithms/bc.py --env halfcheetah-medium
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.func import functional_call
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import UserError, load
@@ -29,6 +31,7 @@ class Args:
     env: str = "halfcheetah-medium"  # the task, or an HDF5 file
     source: str = "auto"  # where its data come from: auto, collected
     seed: int = 0
+    seeds: int = 1  # agents trained side by side: seed, seed + 1, ...
     steps: int = 1_000_000  # updates
     batch_size: int = 256
     lr: float = 3e-4
@@ -37,6 +40,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     resume: bool = False  # continue the run with these arguments from its checkpoint
     record: bool = False  # keep the run's record in results/runs/ as well
+    graph: bool = True  # replay each update as one CUDA graph, on a GPU
     top_fraction: float = 1.0  # share of the trajectories that are cloned, the best by return (0.1: 10% BC)
 
 
@@ -58,7 +62,7 @@ class Actor(nn.Module):
         return self.net(obs).tanh()
 
 
-def policy(actor, obs):
+def policy(obs, actor):
     """The action to evaluate: obs (B, O) -> act (B, A)."""
     return actor(obs)
 
@@ -72,6 +76,26 @@ def top_trajectories(data, fraction):
     return np.argsort(-data.returns())[: max(1, int(fraction * len(data.ends)))]
 
 
+def stack(nets):
+    """The networks of S agents as one, whose parameters have a leading axis S; of one agent, its own."""
+    if len(nets) > 1:
+        for params in zip(*(net.parameters() for net in nets)):
+            params[0].data = torch.stack([param.data for param in params])
+    return nets[0]
+
+
+def lift(seeds, function, *nets):
+    """`function(*inputs, *nets)` of one agent -> a function of the inputs of all agents, each (S, ...)."""
+    if seeds == 1:
+        return lambda *inputs: function(*inputs, *nets)
+
+    def one_agent(params, *inputs):
+        calls = [lambda *x, net=net, p=p: functional_call(net, p, x) for net, p in zip(nets, params)]
+        return function(*inputs, *calls)
+
+    return partial(torch.vmap(one_agent, randomness="different"), [dict(net.named_parameters()) for net in nets])
+
+
 def train(args):
     run = Run(__file__, args)
     if not 0 < args.top_fraction <= 1:
@@ -81,22 +105,24 @@ def train(args):
         data.keep(top_trajectories(data, args.top_fraction))
     data.normalize_obs()  # (obs - mean) / (std + 1e-3)
 
-    actor = Actor(data.obs_dim, data.act_dim).to(run.device)
-    actor_opt = torch.optim.Adam(actor.parameters(), args.lr, fused=True)
+    actor = stack([Actor(data.obs_dim, data.act_dim) for _ in range(args.seeds)]).to(run.device)
+    actor_opt = torch.optim.Adam(actor.parameters(), args.lr, fused=True, capturable=True)
+    actor_losses = lift(args.seeds, actor_loss, actor)
 
     def update():
-        batch = data.sample(args.batch_size)
-        loss = actor_loss(batch, actor)
+        batch = data.sample(args.batch_size, args.seeds)
+        loss = actor_losses(batch)  # (), or (S,)
         actor_opt.zero_grad()
-        loss.backward()
+        loss.sum().backward()
         actor_opt.step()
-        return {"actor_loss": loss.detach()}
+        run.watch({"actor_loss": loss})
 
+    update = run.graphed(update)
+    act = lift(args.seeds, policy, actor)
     for step in run.steps(data, actor=actor, actor_opt=actor_opt):
-        losses = update()
-        run.watch(losses)
+        update()
         if run.due(step):
-            run.report(step, losses, data.evaluate(lambda obs: policy(actor, obs), args.eval_episodes, args.seed))
+            run.report(step, data.evaluate(act, args.eval_episodes, args.seed, args.seeds))
 
 
 if __name__ == "__main__":

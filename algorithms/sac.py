@@ -12,6 +12,7 @@ Usage: python algorithms/sac.py --env halfcheetah --steps 1000000
 """
 
 import sys
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,19 +70,35 @@ class Actor(nn.Module):
         return u.tanh(), log_prob.sum(-1)
 
 
+class EnsembleLinear(nn.Module):
+    """The linear layers of N networks: x (B, I) or (N, B, I) -> (N, B, O); n: of the first n networks alone."""
+
+    def __init__(self, N, in_dim, out_dim):
+        super().__init__()
+        layers = [nn.Linear(in_dim, out_dim) for _ in range(N)]
+        self.weight = nn.Parameter(torch.stack([layer.weight.data.T for layer in layers]))  # (N, I, O)
+        self.bias = nn.Parameter(torch.stack([layer.bias.data[None] for layer in layers]))  # (N, 1, O)
+
+    def forward(self, x, n=None):
+        return x @ self.weight[:n] + self.bias[:n]
+
+
 class Critic(nn.Module):
-    """Two Q-functions: obs (B, O), act (B, A) -> q (2, B)."""
+    """Two Q-functions: obs (B, O), act (B, A) -> q (2, B); n: of the first n alone."""
 
     def __init__(self, obs_dim, act_dim):
         super().__init__()
-        self.nets = nn.ModuleList(mlp(obs_dim + act_dim, 256, 256, 1) for _ in range(2))
+        sizes = (obs_dim + act_dim, 256, 256, 1)
+        self.layers = nn.ModuleList(EnsembleLinear(2, i, o) for i, o in zip(sizes, sizes[1:]))
 
-    def forward(self, obs, act):
+    def forward(self, obs, act, n=None):
         x = torch.cat([obs, act], -1)  # (B, O + A)
-        return torch.stack([net(x).squeeze(-1) for net in self.nets])
+        for layer in self.layers[:-1]:
+            x = layer(x, n).relu()  # (2, B, 256)
+        return self.layers[-1](x, n).squeeze(-1)
 
 
-def policy(actor, obs):
+def policy(obs, actor):
     """The action to evaluate, the squashed mean: obs (B, O) -> act (B, A)."""
     return actor.net(obs).chunk(2, -1)[0].tanh()
 
@@ -116,11 +133,8 @@ def train(args):
     env, data = task.make_env(), Dataset.buffer(task, min(args.buffer_size, args.steps), run.device)
     O, A = data.obs_dim, data.act_dim
 
-    actor, critic, critic_target = Actor(O, A), Critic(O, A), Critic(O, A)
-    for net in (actor, critic, critic_target):
-        net.to(run.device)
-    critic_target.load_state_dict(critic.state_dict())
-    critic_target.requires_grad_(False)
+    actor, critic = Actor(O, A).to(run.device), Critic(O, A).to(run.device)
+    critic_target = deepcopy(critic).requires_grad_(False)
     log_alpha = torch.zeros((), device=run.device, requires_grad=True)
     actor_opt = torch.optim.Adam(actor.parameters(), args.lr, fused=True)
     critic_opt = torch.optim.Adam(critic.parameters(), args.lr, fused=True)
@@ -169,7 +183,7 @@ def train(args):
             losses = update()
         run.watch(losses)
         if run.due(step):
-            run.report(step, losses, data.evaluate(lambda x: policy(actor, x), args.eval_episodes, args.seed))
+            run.report(step, data.evaluate(lambda x: policy(x, actor), args.eval_episodes, args.seed))
 
 
 if __name__ == "__main__":

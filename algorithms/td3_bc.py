@@ -10,13 +10,16 @@ Usage: python algorithms/td3_bc.py --env halfcheetah-medium
 """
 
 import sys
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from torch.func import functional_call
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import load
@@ -28,6 +31,7 @@ class Args:
     env: str = "halfcheetah-medium"  # the task, or an HDF5 file
     source: str = "auto"  # where its data come from: auto, collected
     seed: int = 0
+    seeds: int = 1  # agents trained side by side: seed, seed + 1, ...
     steps: int = 1_000_000  # updates
     batch_size: int = 256
     lr: float = 3e-4
@@ -38,6 +42,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     resume: bool = False  # continue the run with these arguments from its checkpoint
     record: bool = False  # keep the run's record in results/runs/ as well
+    graph: bool = True  # replay each update as one CUDA graph, on a GPU
     policy_noise: float = 0.2  # TD3: standard deviation of the noise on target actions
     noise_clip: float = 0.5  # TD3: its bound
     policy_freq: int = 2  # TD3: critic updates to one of the actor
@@ -62,23 +67,35 @@ class Actor(nn.Module):
         return self.net(obs).tanh()
 
 
+class EnsembleLinear(nn.Module):
+    """The linear layers of N networks: x (B, I) or (N, B, I) -> (N, B, O); n: of the first n networks alone."""
+
+    def __init__(self, N, in_dim, out_dim):
+        super().__init__()
+        layers = [nn.Linear(in_dim, out_dim) for _ in range(N)]
+        self.weight = nn.Parameter(torch.stack([layer.weight.data.T for layer in layers]))  # (N, I, O)
+        self.bias = nn.Parameter(torch.stack([layer.bias.data[None] for layer in layers]))  # (N, 1, O)
+
+    def forward(self, x, n=None):
+        return x @ self.weight[:n] + self.bias[:n]
+
+
 class Critic(nn.Module):
-    """Two Q-functions: obs (B, O), act (B, A) -> q (2, B)."""
+    """Two Q-functions: obs (B, O), act (B, A) -> q (2, B); n: of the first n alone."""
 
     def __init__(self, obs_dim, act_dim):
         super().__init__()
-        self.nets = nn.ModuleList(mlp(obs_dim + act_dim, 256, 256, 1) for _ in range(2))
+        sizes = (obs_dim + act_dim, 256, 256, 1)
+        self.layers = nn.ModuleList(EnsembleLinear(2, i, o) for i, o in zip(sizes, sizes[1:]))
 
-    def forward(self, obs, act):
+    def forward(self, obs, act, n=None):
         x = torch.cat([obs, act], -1)  # (B, O + A)
-        return torch.stack([net(x).squeeze(-1) for net in self.nets])
-
-    def first(self, obs, act):
-        """The first Q-function alone, (B,): all that the actor needs."""
-        return self.nets[0](torch.cat([obs, act], -1)).squeeze(-1)
+        for layer in self.layers[:-1]:
+            x = layer(x, n).relu()  # (2, B, 256)
+        return self.layers[-1](x, n).squeeze(-1)
 
 
-def policy(actor, obs):
+def policy(obs, actor):
     """The action to evaluate: obs (B, O) -> act (B, A)."""
     return actor(obs)
 
@@ -94,11 +111,31 @@ def critic_loss(args, batch, critic, critic_target, actor_target):
     return ((q - target) ** 2).mean(1).sum()
 
 
-def actor_loss(args, batch, actor, q1):
+def actor_loss(args, batch, actor, critic):
     act = actor(batch.obs)  # (B, A)
-    q = q1(batch.obs, act)  # (B,)
+    (q,) = critic(batch.obs, act, 1)  # (B,)
     lam = args.alpha / q.abs().mean().detach()  # (Eq. 5)
     return -lam * q.mean() + F.mse_loss(act, batch.act)  # (Eq. 3)
+
+
+def stack(nets):
+    """The networks of S agents as one, whose parameters have a leading axis S; of one agent, its own."""
+    if len(nets) > 1:
+        for params in zip(*(net.parameters() for net in nets)):
+            params[0].data = torch.stack([param.data for param in params])
+    return nets[0]
+
+
+def lift(seeds, function, *nets):
+    """`function(*inputs, *nets)` of one agent -> a function of the inputs of all agents, each (S, ...)."""
+    if seeds == 1:
+        return lambda *inputs: function(*inputs, *nets)
+
+    def one_agent(params, *inputs):
+        calls = [lambda *x, net=net, p=p: functional_call(net, p, x) for net, p in zip(nets, params)]
+        return function(*inputs, *calls)
+
+    return partial(torch.vmap(one_agent, randomness="different"), [dict(net.named_parameters()) for net in nets])
 
 
 def train(args):
@@ -107,40 +144,40 @@ def train(args):
     data.normalize_obs()  # (Eq. 4)
 
     O, A = data.obs_dim, data.act_dim
-    actor, actor_target = Actor(O, A).to(run.device), Actor(O, A).to(run.device)
-    critic, critic_target = Critic(O, A).to(run.device), Critic(O, A).to(run.device)
-    for target, net in ((actor_target, actor), (critic_target, critic)):
-        target.load_state_dict(net.state_dict())
-        target.requires_grad_(False)
-    actor_opt = torch.optim.Adam(actor.parameters(), args.lr, fused=True)
-    critic_opt = torch.optim.Adam(critic.parameters(), args.lr, fused=True)
-    losses = {}  # () tensors, of the last update of each
+    actor = stack([Actor(O, A) for _ in range(args.seeds)]).to(run.device)
+    critic = stack([Critic(O, A) for _ in range(args.seeds)]).to(run.device)
+    actor_target, critic_target = deepcopy(actor).requires_grad_(False), deepcopy(critic).requires_grad_(False)
+    actor_opt = torch.optim.Adam(actor.parameters(), args.lr, fused=True, capturable=True)
+    critic_opt = torch.optim.Adam(critic.parameters(), args.lr, fused=True, capturable=True)
+    critic_losses = lift(args.seeds, partial(critic_loss, args), critic, critic_target, actor_target)
+    actor_losses = lift(args.seeds, partial(actor_loss, args), actor, critic)
 
-    def update(step):
-        batch = data.sample(args.batch_size)
-        loss = critic_loss(args, batch, critic, critic_target, actor_target)
+    def update(with_actor):
+        batch = data.sample(args.batch_size, args.seeds)
+        loss = critic_losses(batch)  # (), or (S,)
         critic_opt.zero_grad()
-        loss.backward()
+        loss.sum().backward()
         critic_opt.step()
-        losses["critic_loss"] = loss.detach()
+        losses = {"critic_loss": loss}
 
-        if step % args.policy_freq == 0:
-            loss = actor_loss(args, batch, actor, critic.first)
+        if with_actor:
+            loss = actor_losses(batch)
             actor_opt.zero_grad()
-            loss.backward(inputs=list(actor.parameters()))  # the critic's weights need no gradient here
+            loss.sum().backward(inputs=list(actor.parameters()))  # the critic's weights need no gradient here
             actor_opt.step()
-            losses["actor_loss"] = loss.detach()
+            losses["actor_loss"] = loss
             with torch.no_grad():  # or the targets would drag the whole history of the networks along
                 for target, net in ((actor_target, actor), (critic_target, critic)):
                     torch._foreach_lerp_(list(target.parameters()), list(net.parameters()), args.tau)
-        return losses
+        run.watch(losses)
 
+    update = run.graphed(update)
+    act = lift(args.seeds, policy, actor)
     state = dict(actor=actor, actor_target=actor_target, critic=critic, critic_target=critic_target)
     for step in run.steps(data, **state, actor_opt=actor_opt, critic_opt=critic_opt):
-        losses = update(step)
-        run.watch(losses)
+        update(step % args.policy_freq == 0)
         if run.due(step):
-            run.report(step, losses, data.evaluate(lambda obs: policy(actor, obs), args.eval_episodes, args.seed))
+            run.report(step, data.evaluate(act, args.eval_episodes, args.seed, args.seeds))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,24 @@
 """Dataset: transitions as tensors on the training device."""
 
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from datasets.catalog import UserError
+from datasets.envs import make_envs
+
+
+@contextlib.contextmanager
+def one_thread():
+    """Torch on one CPU thread: between two small operations the others would spin on the cores that workers need."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Batch(NamedTuple):
@@ -30,7 +43,7 @@ class Dataset:
         self.size = len(rows)
         self.obs_mean = torch.zeros(obs_dim, device=rows.device)
         self.obs_std = torch.ones(obs_dim, device=rows.device)
-        self._envs = []
+        self._envs = None  # (how many, environments) of the last evaluation
 
     @classmethod
     def buffer(cls, task, capacity, device="cpu"):
@@ -76,9 +89,11 @@ class Dataset:
     def rew(self, value):  # lets `data.rew *= 0.1` work
         self.rew[:] = value
 
-    def sample(self, batch_size):
-        """A Batch drawn uniformly with replacement, indices drawn on the device."""
-        return self.split(self.rows[torch.randint(self.size, (batch_size,), device=self.rows.device)])
+    def sample(self, batch_size, seeds=1):
+        """A Batch drawn uniformly with replacement, indices drawn on the device; one for each of several agents,
+        with a leading axis (seeds,)."""
+        shape = (batch_size,) if seeds == 1 else (seeds, batch_size)
+        return self.split(self.rows[torch.randint(self.size, shape, device=self.rows.device)])
 
     def returns(self):
         """Undiscounted return of each episode, (E,) float64."""
@@ -99,29 +114,31 @@ class Dataset:
         self.next_obs.sub_(self.obs_mean).div_(self.obs_std)
 
     @torch.no_grad()
-    def evaluate(self, policy, episodes, seed):
-        """Returns of `episodes` episodes, (episodes,) float64. `policy` maps normalized obs (E, O) to act (E, A).
+    @one_thread()
+    def evaluate(self, policy, episodes, seed, seeds=1):
+        """Returns of `episodes` episodes, (episodes,) float64; of several agents, (seeds, episodes).
 
-        The episodes run side by side with one policy call a step. The same seed gives the same start states, so that
-        two evaluations of a run differ by the policy alone.
+        `policy` maps normalized obs (episodes, O) to act (episodes, A); of several agents, with leading axis (seeds,).
+        The episodes of all agents run side by side with one policy call a step. The same seed gives the same start
+        states, so that two evaluations of a run differ by the policy alone; agent k's are those of seed + k.
         """
-        while len(self._envs) < episodes:
-            self._envs.append(self.task.make_env())
-        obs = np.zeros((episodes, self.obs_dim))
-        for i in range(episodes):
-            obs[i] = self._envs[i].reset(seed=1000 * seed + i)[0]
-        returns, running = np.zeros(episodes), list(range(episodes))
-        while running:
+        shape = (episodes,) if seeds == 1 else (seeds, episodes)
+        n = episodes * seeds
+        if self._envs is None or self._envs[0] != n:
+            self._envs = n, make_envs(self.task, n)
+        envs = self._envs[1]
+        obs = envs.reset(np.add.outer(1000 * (seed + np.arange(seeds)), np.arange(episodes)).ravel())
+        returns, running = np.zeros(n), np.ones(n, bool)
+        while running.any():
             x = torch.as_tensor(obs, dtype=torch.float32, device=self.rows.device)
-            act = policy((x - self.obs_mean) / self.obs_std).clamp(-1, 1).cpu().numpy()  # (E, A)
+            x = ((x - self.obs_mean) / self.obs_std).view(*shape, self.obs_dim)
+            act = policy(x).clamp(-1, 1).view(n, self.act_dim).cpu().numpy()
             if not np.isfinite(act).all():
                 raise UserError("The policy returns actions that are not finite; the run has diverged.")
-            for i in tuple(running):
-                obs[i], rew, terminated, truncated, _ = self._envs[i].step(act[i])
-                returns[i] += rew
-                if terminated or truncated:
-                    running.remove(i)
-        return returns
+            obs, rew, over = envs.step(act)
+            returns += rew
+            running &= ~over
+        return returns.reshape(shape)
 
     def score(self, returns):
         """Normalized score: 0 is a random policy, 100 an expert."""

@@ -31,7 +31,7 @@ class Args:
 
 
 def evaluate(args):
-    """Episode returns (episodes,) of the policy, and the Dataset that scores them."""
+    """Episode returns, (episodes,) or of several agents (seeds, episodes), and the Dataset that scores them."""
     if args.episodes <= 0:
         raise UserError(f"--episodes must be at least 1, not {args.episodes}.")
     device = choose_device(args.device)
@@ -43,25 +43,28 @@ def evaluate(args):
             mean, log_std = behaviour(obs.cpu().numpy())
             noise = args.noise * np.exp(log_std) * rng.standard_normal(mean.shape, np.float32)
             return torch.from_numpy(np.tanh(mean + noise))
+
+        seeds = 1
     else:
         saved = load_checkpoint(args.checkpoint, device)
         data = Dataset.buffer(find_task(saved["task"], TASKS | BODIES), 0, device)
         data.obs_mean, data.obs_std = saved["obs_mean"], saved["obs_std"]
         script = importlib.import_module(f"algorithms.{saved['algorithm']}")
-        actor = script.Actor(data.obs_dim, data.act_dim).to(device)
+        seeds = saved["args"].get("seeds", 1)
+        actors = [script.Actor(data.obs_dim, data.act_dim) for _ in range(seeds)]
+        actor = (script.stack(actors) if seeds > 1 else actors[0]).to(device)
         actor.load_state_dict(saved["state"]["actor"])
+        policy = script.lift(seeds, script.policy, actor) if seeds > 1 else lambda obs: script.policy(obs, actor)
 
-        def policy(obs):
-            return script.policy(actor, obs)
-
-    return data.evaluate(policy, args.episodes, args.seed), data
+    return data.evaluate(policy, args.episodes, args.seed, seeds), data
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
     returns, data = evaluate(args)
-    scores = data.score(returns)
-    print(
-        f"{args.checkpoint} in {data.task.env_id}, {len(returns)} episodes: "
-        f"return {returns.mean():.1f} ± {returns.std():.1f}, normalized score {scores.mean():.1f} ± {scores.std():.1f}"
-    )
+    for agent, own in enumerate(np.atleast_2d(returns)):
+        name = f"{args.checkpoint}, agent {agent}" if returns.ndim > 1 else args.checkpoint
+        print(
+            f"{name} in {data.task.env_id}, {len(own)} episodes: return {own.mean():.1f} ± {own.std():.1f}, "
+            f"normalized score {data.score(own).mean():.1f} ± {data.score(own).std():.1f}"
+        )

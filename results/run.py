@@ -3,13 +3,17 @@
 A progress bar, TensorBoard, the check for losses that are not finite, checkpoints, exact resume, the run's record.
 """
 
+import collections
 import contextlib
+import ctypes
 import dataclasses
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -25,20 +29,20 @@ from datasets import UserError, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 # Arguments that do not tell one run from another: a resume may change them, and they are not in the folder's name.
-FREE = {"steps", "device", "resume", "record"}
+FREE = {"steps", "device", "resume", "record", "graph"}
+NOT_OF_THE_CELL = FREE | {"env", "source", "seed", "seeds"}  # they have places of their own in the record
 # TensorBoard writes in a thread of its own; what the disk refuses it is raised again, and told, in `report`.
 threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else threading.__excepthook__(args)
 
 
 class Run:
-    """One training run of one seed.
+    """One training run: of one agent, or of `args.seeds` of them side by side.
 
         run = Run(__file__, args)                        # checks the arguments, seeds torch, names the device
         for step in run.steps(data, actor=actor, ...):   # from 1, or from where the checkpoint stands
-            losses = update(step)                        # {name: () tensor}
-            run.watch(losses)
+            update()                                     # which ends in run.watch({name: loss})
             if run.due(step):
-                run.report(step, losses, returns)
+                run.report(step, returns)
 
     The keyword arguments of `steps` are what a checkpoint holds: anything with a state_dict, or a tensor.
     """
@@ -50,9 +54,14 @@ class Run:
             if type(field.default) is int and value < least:
                 raise UserError(f"--{field.name.replace('_', '-')} must be at least {least}, not {value}.")
         self.device = choose_device(args.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # one stream for all: a graph cannot be captured in the default one
+            torch.cuda.set_stream(torch.cuda.Stream())
+        keep_freed_memory()
         torch.manual_seed(args.seed)
+        self.seeds = range(args.seed, args.seed + getattr(args, "seeds", 1))
         self.resumable = True  # an online script clears it inside an episode: an environment cannot be checkpointed
-        self.curve, self.seconds = [], 0.0
+        self.curve, self.seconds, self.eval_seconds = [], 0.0, 0.0
         self._interrupted = self._save_due = False
 
     def steps(self, data, **state):
@@ -61,14 +70,16 @@ class Run:
         self.checkpoint = self.folder / "checkpoint.pt"
         start = self._restore() if self.args.resume else self._start_afresh()
         self.step = self._checked = start
-        self._finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self._good_steps = torch.zeros((), dtype=torch.long, device=self.device)
+        self._losses = {}
+        self._finite = torch.ones(len(self.seeds), dtype=torch.bool, device=self.device)
+        self._good_steps = torch.zeros(len(self.seeds), dtype=torch.long, device=self.device)
         with _writing(self.folder):
             self._board = SummaryWriter(self.folder, purge_step=start + 1)
         handler = signal.signal(signal.SIGINT, self._interrupt)
         title = f"{self.algorithm} {data.task.name}"
-        self._bar = tqdm(total=self.args.steps, initial=start, desc=title, unit="step", mininterval=0.5)
-        self._clock = time.perf_counter()
+        self._bar = tqdm(total=self.args.steps, initial=start, desc=title, unit="update", mininterval=0.5)
+        self._clock = self._loop_start = time.perf_counter()
+        self._start, self._eval_before = start, self.eval_seconds
         try:
             for step in range(start + 1, self.args.steps + 1):
                 yield step
@@ -86,9 +97,32 @@ class Run:
             with contextlib.suppress(OSError):  # a full disk has been reported by then
                 self._board.close()
 
+    def graphed(self, update):
+        """`update(*key)`, on CUDA replayed as one graph for each key, after some calls that set everything up."""
+        if self.device.type != "cuda" or not self.args.graph:
+            return update
+        calls, graphs = collections.Counter(), {}
+
+        def replay(*key):
+            calls[key] += 1
+            if calls[key] <= 3:
+                return update(*key)
+            if key not in graphs:
+                graphs[key] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graphs[key], stream=torch.cuda.current_stream()):
+                    update(*key)  # recorded, not run
+            graphs[key].replay()
+
+        return replay
+
     def watch(self, losses):
-        """Counts the steps up to the first loss that is not finite, and reads nothing back from the device."""
-        self._finite &= torch.isfinite(sum(losses.values()))
+        """Once a step, {name: () or (S,) tensor}: keeps the last of each and counts the steps up to the first that is
+        not finite. Reads nothing back from the device and writes in place only, so that a CUDA graph can hold it."""
+        for name, loss in losses.items():
+            if name not in self._losses:
+                self._losses[name] = torch.zeros_like(loss)
+            self._losses[name].copy_(loss.detach())
+        self._finite &= torch.isfinite(sum(losses.values())).detach()
         self._good_steps += self._finite
 
     def due(self, step):
@@ -96,39 +130,52 @@ class Run:
         if step % self.args.eval_every and step != self.args.steps:
             return False
         self._check_finite(step)
+        self._eval_start = time.perf_counter()
         return True
 
-    def report(self, step, losses, returns):
-        """Writes an evaluation, episode returns (episodes,), to the bar, TensorBoard and the curve; saves next."""
-        score = float(np.mean(self.data.score(returns)))
-        self.curve.append({"step": step, "score": round(score, 3), "returns": [round(float(r), 3) for r in returns]})
-        scalars = {"score": score, "return": np.mean(returns), **{name: loss.item() for name, loss in losses.items()}}
+    def report(self, step, returns):
+        """Writes an evaluation, returns (episodes,) or (S, episodes), to the bar, TensorBoard and curve; saves next."""
+        now = time.perf_counter()
+        self.eval_seconds += now - self._eval_start
+        returns = np.atleast_2d(returns)
+        scores = self.data.score(returns).mean(1)  # (S,)
+        self.curve.append({"step": step, "scores": scores.round(3).tolist(), "returns": returns.round(3).tolist()})
+        scalars = {"score": scores.mean(), "return": returns.mean()}
+        scalars |= {name: loss.mean().item() for name, loss in self._losses.items()}
+        S, text = len(self.seeds), f"score {scores.mean():.1f}"
+        if S > 1:
+            scalars |= {f"score_seed={seed}": score for seed, score in zip(self.seeds, scores)}
+            speed = S * (step - self._start) / (now - self._loop_start - self.eval_seconds + self._eval_before)
+            text += f" ± {scores.std(ddof=1):.1f}, {speed:.0f} agent-updates/s"
         with _writing(self.folder):
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
             self._board.flush()
-        self._bar.set_postfix_str(f"score {score:.1f}, return {np.mean(returns):.0f}", refresh=False)
+        self._bar.set_postfix_str(f"{text}, return {returns.mean():.0f}", refresh=False)
         self._save_due = True
 
     def _check_finite(self, step):
-        good = int(self._good_steps)
+        good, agent = self._good_steps.min(0)
         if good < step - self._checked:
             kept = f"the last good checkpoint is kept in {_short(self.checkpoint)}"
+            whose = f" of seed {self.seeds[agent]}" if len(self.seeds) > 1 else ""
             raise UserError(
-                f"A loss stopped being finite at step {self._checked + good + 1}; "
+                f"A loss{whose} stopped being finite at step {self._checked + int(good) + 1}; "
                 f"{kept if self.checkpoint.exists() else 'there is no checkpoint yet'}. A lower --lr is the usual cure."
             )
         self._checked = step
         self._good_steps.zero_()
 
     def _folder(self, data):
-        """runs/<algorithm>/<source>/<task>/<seed and the arguments that are not at their defaults>."""
-        name = f"seed={self.args.seed}"
-        for field in dataclasses.fields(self.args):
-            value = getattr(self.args, field.name)
-            if field.name not in FREE | {"env", "source", "seed"} and value != field.default:
-                name += f",{field.name}={value}"
+        """runs/<algorithm>/<source>/<task>/<seed, seeds and the arguments that are not at their defaults>."""
+        name = f"seed={self.args.seed}" + (f",seeds={len(self.seeds)}" if len(self.seeds) > 1 else "") + self._changed()
         return Path(os.environ.get("RUNS_DIR", ROOT / "runs")) / self.algorithm / data.source / data.task.name / name
+
+    def _changed(self):
+        """`,name=value` of each argument that makes another cell of the table and is not at its default."""
+        fields = [field for field in dataclasses.fields(self.args) if field.name not in NOT_OF_THE_CELL]
+        values = [(field.name, getattr(self.args, field.name), field.default) for field in fields]
+        return "".join(f",{name}={value}" for name, value, default in values if value != default)
 
     def _start_afresh(self):
         with _writing(self.folder):
@@ -164,7 +211,7 @@ class Run:
         torch.set_rng_state(saved["rng"].cpu())
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), self.device)
-        self.curve, self.seconds = saved["curve"], saved["seconds"]
+        self.curve, self.seconds, self.eval_seconds = saved["curve"], saved["seconds"], saved["eval_seconds"]
         print(f"Resumed {_short(self.checkpoint)} at step {saved['step']}.")
         return saved["step"]
 
@@ -186,6 +233,7 @@ class Run:
             "rng": torch.get_rng_state(),
             "curve": self.curve,
             "seconds": self.seconds,
+            "eval_seconds": self.eval_seconds,
         }
         if self.device.type == "cuda":
             checkpoint["cuda_rng"] = torch.cuda.get_rng_state(self.device)
@@ -195,36 +243,49 @@ class Run:
         self._save_due = False
 
     def _finish(self):
-        final, args = self.curve[-1], dataclasses.asdict(self.args)
-        cpu = f"cpu, {torch.get_num_threads()} threads"
-        record = {
-            "algorithm": self.algorithm,
-            "env": self.data.task.name,
-            "source": self.data.source,
-            "fingerprint": self.data.fingerprint,
-            "steps": self.args.steps,
-            "seed": self.args.seed,
-            "score": final["score"],
-            "returns": final["returns"],
-            "args": {name: value for name, value in args.items() if name not in FREE | {"env", "source", "seed"}},
+        """Writes one record for each seed."""
+        args, cuda = dataclasses.asdict(self.args), self.device.type == "cuda"
+        shared = {
+            "args": {name: value for name, value in args.items() if name not in NOT_OF_THE_CELL},
             "commit": _git("describe", "--always", "--dirty", "--abbrev=12"),
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else cpu,
+            "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
             "versions": {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)},
+            "trained_together": len(self.seeds),
             "seconds": round(self.seconds, 1),
-            "curve": self.curve,
+            "eval_seconds": round(self.eval_seconds, 1),
+            "memory_mb": peak_memory(self.device),
         }
-        text = "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()) + "\n}\n"
-        places = [self.folder / "record.json"]
-        if self.args.record:
-            cell = self.folder.relative_to(self.folder.parents[3])
-            places.append(ROOT / "results" / "runs" / f"{cell},steps={self.args.steps}.json")
-        for place in places:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(place, text.encode())
+        for agent, seed in enumerate(self.seeds):
+            curve = [
+                {"step": point["step"], "score": point["scores"][agent], "returns": point["returns"][agent]}
+                for point in self.curve
+            ]
+            record = {
+                "algorithm": self.algorithm,
+                "env": self.data.task.name,
+                "source": self.data.source,
+                "fingerprint": self.data.fingerprint,
+                "steps": self.args.steps,
+                "seed": seed,
+                "score": curve[-1]["score"],
+                "returns": curve[-1]["returns"],
+                **shared,
+                "curve": curve,
+            }
+            lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
+            places = [self.folder / f"record-seed={seed}.json"]
+            if self.args.record:
+                cell = ROOT / "results" / "runs" / self.folder.parent.relative_to(self.folder.parents[3])
+                places.append(cell / f"seed={seed}{self._changed()},steps={self.args.steps}.json")
+            for place in places:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(place, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
         self._bar.close()
+        scores = self.curve[-1]["scores"]
+        spread = f" ± {np.std(scores, ddof=1):.1f} of {len(scores)} seeds" if len(scores) > 1 else ""
         print(
             f"{self.algorithm} on {self.data.task.name} (source {self.data.source}, {self.args.steps} steps): "
-            f"normalized score {final['score']:.1f} over {len(final['returns'])} episodes; "
+            f"normalized score {np.mean(scores):.1f}{spread} over {len(self.curve[-1]['returns'][0])} episodes; "
             f"record, checkpoint and TensorBoard curves in {_short(self.folder)}"
         )
 
@@ -247,6 +308,20 @@ def choose_device(name):
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name} was asked for, but PyTorch sees no such CUDA device; use --device cpu.")
     return device
+
+
+def keep_freed_memory():
+    """Lets glibc keep what is freed: else each update gives megabytes back to the system and faults them in again."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+
+
+def peak_memory(device):
+    """Megabytes that this process has held at most: of the GPU's memory on CUDA, of the machine's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) // 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def load_checkpoint(path, device="cpu"):

@@ -69,14 +69,21 @@ def test_arguments_are_explained(name):
 
 def test_same_text():
     """What stands in several scripts is the same to the letter, so that a reader need read it once."""
-    assert pieces("bc")["mlp"] == pieces("td3_bc")["mlp"] == pieces("sac")["mlp"]
-    assert pieces("bc")["Actor"] == pieces("td3_bc")["Actor"]
-    assert pieces("bc")["policy"] == pieces("td3_bc")["policy"]
-    critics = [pieces(name)["Critic"] for name in ("td3_bc", "sac")]
-    assert critics[0].startswith(critics[1])  # TD3+BC's has one method more
+    for name, scripts in {
+        "mlp": ("bc", "td3_bc", "sac"),
+        "Actor": ("bc", "td3_bc"),
+        "policy": ("bc", "td3_bc"),
+        "EnsembleLinear": ("td3_bc", "sac"),
+        "Critic": ("td3_bc", "sac"),
+        "stack": ("bc", "td3_bc"),
+        "lift": ("bc", "td3_bc"),
+    }.items():
+        assert len({pieces(script)[name] for script in scripts}) == 1, name
     fields = [dict(re.findall(r"    (\w+): (.*)", pieces(name)["Args"])) for name in SOURCES]
     for field in (
         "seed",
+        "seeds",
+        "graph",
         "batch_size",
         "lr",
         "gamma",
@@ -88,8 +95,17 @@ def test_same_text():
         "record",
     ):
         assert len({args[field] for args in fields if field in args}) == 1, field
-    ends = [SOURCES[name].split("        run.watch(losses)\n")[1] for name in ("bc", "td3_bc")]
+    ends = [SOURCES[name].split("        if run.due(step):\n")[1] for name in ("bc", "td3_bc")]
     assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if "def lift(" in SOURCES[name]])
+def test_lines_that_speed_costs(name):
+    """Seeds and graphs: two functions, and whatever else in the script speaks of them."""
+    own = [line for piece in ("stack", "lift") for line in pieces(name)[piece].splitlines() if line.strip()]
+    words = r"\b(stack|lift|graph|graphed|partial|functional_call|seeds|capturable)\b"
+    others = [line for line in SOURCES[name].splitlines() if re.search(words, line) and line not in own]
+    assert 10 < len(own) + len(others) <= 30
 
 
 def test_readme_is_true():

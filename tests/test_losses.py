@@ -32,7 +32,14 @@ def forward(net, x):
 
 
 def q_values(critic, obs, act):
-    return np.stack([forward(net, np.hstack([obs, act]))[:, 0] for net in critic.nets])  # (2, B)
+    """Both Q-functions, (2, B), one after another and layer by layer."""
+    values = []
+    for i in range(2):
+        x = np.hstack([obs, act])
+        for layer in critic.layers[:-1]:
+            x = np.maximum(x @ array(layer.weight[i]) + array(layer.bias[i]), 0)
+        values.append(x @ array(critic.layers[-1].weight[i]) + array(critic.layers[-1].bias[i]))
+    return np.stack(values)[:, :, 0]
 
 
 def fixed_noise(monkeypatch):
@@ -65,17 +72,17 @@ def test_td3_bc_actor(batch):
     pi = np.tanh(forward(actor.net, obs))
     q = q_values(critic, obs, pi)[0]
     expected = -2.5 / np.mean(np.abs(q)) * np.mean(q) + np.mean((pi - act) ** 2)
-    loss = td3_bc.actor_loss(td3_bc.Args(), batch, actor, critic.first)
+    loss = td3_bc.actor_loss(td3_bc.Args(), batch, actor, critic)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_td3_bc_lambda_has_no_gradient(batch):
     """lam is a constant of the loss, not something that the actor could lower."""
     actor, critic = td3_bc.Actor(O, A), td3_bc.Critic(O, A)
-    td3_bc.actor_loss(td3_bc.Args(), batch, actor, critic.first).backward()
+    td3_bc.actor_loss(td3_bc.Args(), batch, actor, critic).backward()
     gradient = actor.net[0].weight.grad.clone()
     act = actor(batch.obs)
-    q = critic.first(batch.obs, act)
+    q = critic(batch.obs, act)[0]
     lam = 2.5 / q.abs().mean().item()
     actor.zero_grad()
     (-lam * q.mean() + ((act - batch.act) ** 2).mean()).backward()

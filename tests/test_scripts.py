@@ -55,16 +55,17 @@ def trained(tmp_path, monkeypatch, name, *runs):
     return load_checkpoint(checkpoint_of(tmp_path / name))
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_resume_is_exact(name, small, tmp_path, monkeypatch):
+def test_resume_is_exact(name, seeds, small, tmp_path, monkeypatch):
     """20 steps = 10 steps + resume + 10 steps: parameters, optimisers, random state, curve."""
     script = SCRIPTS[name]
-    args = arguments(script, small, steps=20)
+    args = arguments(script, small, steps=20, seeds=seeds)
     whole = trained(tmp_path, monkeypatch, "whole", (script.train, args))
     first, second = dataclasses.replace(args, steps=10), dataclasses.replace(args, resume=True)
     parts = trained(tmp_path, monkeypatch, "parts", (script.train, first), (script.train, second))
     for saved in (whole, parts):
-        del saved["args"], saved["seconds"]
+        del saved["args"], saved["seconds"], saved["eval_seconds"]
     assert whole["step"] == 20 and [point["step"] for point in whole["curve"]] == [10, 20]
     assert_equal(whole, parts)
 
@@ -132,16 +133,20 @@ def test_interrupt_saves(small, tmp_path):
     assert step > 0 and f"after step {step} " in err
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_checkpoint_acts(name, small, tmp_path):
-    """What was evaluated in training comes out again, from the checkpoint alone, by the command and by hand."""
-    args = arguments(SCRIPTS[name], small, steps=10, eval_episodes=3, seed=7)
+def test_checkpoint_acts(name, seeds, small, tmp_path):
+    """What was evaluated in training comes out again, from the checkpoint alone; each agent has a record."""
+    args = arguments(SCRIPTS[name], small, steps=10, eval_episodes=3, seed=7, seeds=seeds)
     SCRIPTS[name].train(args)
     path = checkpoint_of(tmp_path)
     returns, data = evaluate.evaluate(evaluate.Args(path, episodes=3, seed=7))
-    record = json.loads((path.parent / "record.json").read_text())
-    np.testing.assert_allclose(returns, record["returns"], atol=1e-3)
-    assert record["score"] == pytest.approx(data.score(np.mean(returns)), abs=1e-3)
+    for agent, own in enumerate(np.atleast_2d(returns)):
+        record = json.loads((path.parent / f"record-seed={7 + agent}.json").read_text())
+        np.testing.assert_allclose(own, record["returns"], atol=1e-3)
+        assert record["score"] == pytest.approx(data.score(np.mean(own)), abs=1e-3)
+        assert (record["seed"], record["trained_together"]) == (7 + agent, seeds)
+    assert len(list(path.parent.glob("record*"))) == seeds
 
 
 def test_readme_example(small, tmp_path, monkeypatch, capsys):
@@ -152,7 +157,7 @@ def test_readme_example(small, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     capsys.readouterr()
     exec(code, {})
-    (evaluated,) = json.loads(checkpoint_of(tmp_path).with_name("record.json").read_text())["returns"]
+    (evaluated,) = json.loads(checkpoint_of(tmp_path).with_name("record-seed=0.json").read_text())["returns"]
     assert float(capsys.readouterr().out) == pytest.approx(evaluated, rel=1e-3)
 
 
@@ -206,7 +211,7 @@ def test_record_and_earlier_run(small, tmp_path):
     bc.train(args)
     folder = checkpoint_of(tmp_path).parent
     assert folder == tmp_path / "runs/bc/collected/halfcheetah-medium/seed=0,lr=0.001,eval_every=10,eval_episodes=1"
-    record = json.loads((folder / "record.json").read_text())
+    record = json.loads((folder / "record-seed=0.json").read_text())
     assert (record["algorithm"], record["env"], record["source"]) == ("bc", "halfcheetah-medium", "collected")
     assert (record["steps"], record["seed"], record["args"]["lr"]) == (10, 0, 1e-3)
     assert len(record["returns"]) == 1 and record["curve"][-1]["score"] == record["score"]
@@ -313,4 +318,4 @@ def test_help_from_anywhere(script, tmp_path):
 def test_bc_learns(small, tmp_path):
     """BC of 20 episodes comes near their mean score, 41, in seconds."""
     bc.train(arguments(bc, small, steps=2000, eval_every=2000, eval_episodes=5))
-    assert load_checkpoint(checkpoint_of(tmp_path))["curve"][-1]["score"] > 35
+    assert load_checkpoint(checkpoint_of(tmp_path))["curve"][-1]["scores"][0] > 35

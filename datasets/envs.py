@@ -1,0 +1,85 @@
+"""Environments side by side, in worker processes where there are cores for them."""
+
+import multiprocessing
+import os
+import signal
+import sys
+
+import numpy as np
+
+from datasets.catalog import UserError
+
+PER_WORKER = 10  # environments; with fewer, talking to a worker costs more than it saves
+
+
+class Envs:
+    """N environments of one task. What they return does not depend on the number of workers."""
+
+    def __init__(self, task, n):
+        self.envs = [task.make_env() for _ in range(n)]
+
+    def reset(self, seeds):
+        """Starts an episode in each environment: seeds (N,) -> obs (N, O)."""
+        self.running = set(range(len(self.envs)))
+        self.obs = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds)])
+        return self.obs
+
+    def step(self, act):
+        """act (N, A) -> obs (N, O), rew (N,), over (N,). An episode that is over stays as it is, with rewards of 0."""
+        rew, over = np.zeros(len(self.envs)), np.ones(len(self.envs), bool)
+        for i in tuple(self.running):
+            self.obs[i], rew[i], terminated, truncated, _ = self.envs[i].step(act[i])
+            over[i] = terminated or truncated
+            if over[i]:
+                self.running.remove(i)
+        return self.obs, rew, over
+
+
+class Workers:
+    """The same as Envs, each worker process with a share of the environments."""
+
+    def __init__(self, task, n, workers):
+        # A forked worker is there at once, and touches neither torch nor CUDA; outside Linux forks are unsafe.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.shares = [slice(part[0], part[-1] + 1) for part in np.array_split(np.arange(n), workers)]
+        self.pipes = []
+        for share in self.shares:
+            pipe, theirs = context.Pipe()
+            args = (theirs, task, share.stop - share.start, os.getpid())
+            context.Process(target=serve, args=args, daemon=True).start()
+            theirs.close()
+            self.pipes.append(pipe)
+
+    def call(self, method, values):
+        try:
+            for pipe, share in zip(self.pipes, self.shares):
+                pipe.send((method, values[share]))
+            return [pipe.recv() for pipe in self.pipes]
+        except (EOFError, OSError):
+            raise UserError("A worker process of the evaluation died (out of memory?); --resume goes on.") from None
+
+    def reset(self, seeds):
+        return np.concatenate(self.call("reset", seeds))
+
+    def step(self, act):
+        return [np.concatenate(parts) for parts in zip(*self.call("step", act))]
+
+
+def serve(pipe, task, n, parent):
+    """A worker: answers until the parent closes its end or is no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    envs = Envs(task, n)
+    while os.getppid() == parent:
+        try:
+            if pipe.poll(1):  # after kill -9 no end of file comes: the other workers hold copies of the pipe
+                method, values = pipe.recv()
+                pipe.send(getattr(envs, method)(values))
+        except (EOFError, OSError):
+            return
+
+
+def make_envs(task, n):
+    """Envs, or Workers where there are cores for them."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(cores, n // PER_WORKER)
+    return Workers(task, n, workers) if workers > 1 else Envs(task, n)

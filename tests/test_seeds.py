@@ -1,0 +1,213 @@
+"""Agents trained side by side are independent, and what makes them fast changes no number."""
+
+import contextlib
+import dataclasses
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import start
+from test_scripts import SCRIPTS, arguments, assert_equal, checkpoint_of, trained
+
+from algorithms import bc, td3_bc
+from datasets import Batch, Dataset, UserError, envs, find_task
+from results.run import Run
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_seeds_do_not_leak(name, small, monkeypatch):
+    """Agent k of 3, and agent k alone with its parameters, batches and noise: equal to 1e-9 after 50 updates."""
+    script, starts, batches, ends = SCRIPTS[name], [], [], []
+    stack, sample, load = script.stack, Dataset.sample, script.load
+
+    def load_double(*words):
+        data = load(*words)
+        data.rows = data.rows.double()
+        return data
+
+    def keep_starts(nets):
+        starts.append([net.double().state_dict() for net in nets])
+        return stack(nets)
+
+    def keep_batches(*words):
+        batches.append(sample(*words))
+        return batches[-1]
+
+    monkeypatch.setattr(script, "load", load_double)
+    monkeypatch.setattr(script, "stack", keep_starts)
+    monkeypatch.setattr(Dataset, "sample", keep_batches)
+    monkeypatch.setattr(Dataset, "evaluate", lambda self, policy, episodes, seed, seeds: np.zeros((seeds, episodes)))
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.sin(1000 * x))  # noise that each agent's batch decides
+    monkeypatch.setattr(Run, "_save", lambda run: ends.append({k: net.state_dict() for k, net in run.state.items()}))
+    args = arguments(script, small, steps=50, eval_every=50)
+    script.train(dataclasses.replace(args, seeds=3))
+    together, starts_together, batches_together = ends.pop(), list(starts), list(batches)
+    assert len(batches_together) == 50 and batches_together[0].obs.shape == (3, 256, 17)
+    assert not torch.equal(batches_together[0].obs[0], batches_together[0].obs[1])
+    for agent in range(3):
+        own_starts = [states[agent] for states in starts_together]
+        own_batches = [Batch(*(column[agent] for column in batch)) for batch in batches_together]
+
+        def load_starts(nets, own_starts=own_starts):
+            nets[0].double().load_state_dict(own_starts.pop(0))
+            return nets[0]
+
+        monkeypatch.setattr(script, "stack", load_starts)
+        monkeypatch.setattr(Dataset, "sample", lambda *words, own_batches=own_batches: own_batches.pop(0))
+        script.train(args)
+        alone = ends.pop()
+        compared = [net for net in alone if not net.endswith("_opt")]
+        assert compared
+        for net in compared:
+            for key, value in alone[net].items():
+                assert value.dtype == torch.float64
+                torch.testing.assert_close(together[net][key][agent], value, rtol=1e-9, atol=1e-15)
+
+
+def test_agents_differ():
+    """Same parameters, same batch: the noise of target actions is still each agent's own."""
+    nets = [stacked(make) for make in (td3_bc.Critic, td3_bc.Critic, td3_bc.Actor)]
+    losses = td3_bc.lift(2, lambda *words: td3_bc.critic_loss(td3_bc.Args(), *words), *nets)
+    one = Batch(torch.randn(8, 17), torch.rand(8, 6), torch.randn(8), torch.randn(8, 17), torch.zeros(8))
+    first, second = losses(Batch(*(torch.stack([column, column]) for column in one)))
+    assert first != second
+
+
+def stacked(make):
+    torch.manual_seed(0)
+    net = make(17, 6)
+    return td3_bc.stack([net, net])
+
+
+def test_stacked_policy_acts_as_each_agent():
+    actors = [bc.Actor(17, 6) for _ in range(3)]
+    obs = torch.randn(3, 5, 17)
+    expected = torch.stack([actor(o) for actor, o in zip(actors, obs)]).detach()
+    actor = bc.stack(actors)
+    torch.testing.assert_close(bc.lift(3, bc.policy, actor)(obs).detach(), expected)
+
+
+def test_not_finite_names_the_agent(small, monkeypatch):
+    original, calls = bc.lift, []
+
+    def lift(seeds, function, *nets):
+        lifted = original(seeds, function, *nets)
+
+        def poisoned(*inputs):
+            calls.append(1)
+            return lifted(*inputs) + torch.tensor([0.0, float("nan") if len(calls) == 4 else 0.0])
+
+        return poisoned if function is bc.actor_loss else lifted
+
+    monkeypatch.setattr(bc, "lift", lift)
+    with pytest.raises(UserError, match="A loss of seed 4 stopped being finite at step 4; there is no checkpoint yet"):
+        bc.train(arguments(bc, small, steps=10, seed=3, seeds=2))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_change_no_return(workers, monkeypatch):
+    """Episodes of unequal length, 2 agents: the same returns, however many processes step the environments."""
+    task = find_task("hopper-medium")
+    weights = torch.randn(2, 11, 3, generator=torch.Generator().manual_seed(0))
+
+    def returns():
+        data = Dataset.buffer(task, 0)
+        both = [data.evaluate(lambda obs: (obs @ weights).tanh(), 4, seed=5, seeds=2) for _ in range(2)]
+        np.testing.assert_array_equal(*both)
+        return both[0]
+
+    alone = returns()
+    assert len(np.unique(alone)) == alone.size == 8
+    monkeypatch.setattr("datasets.dataset.make_envs", lambda task, n: envs.Workers(task, n, workers))
+    np.testing.assert_array_equal(returns(), alone)
+
+
+def test_number_of_workers(monkeypatch):
+    made = []
+    monkeypatch.setattr(envs, "Workers", lambda task, n, workers: made.append((n, workers)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
+    task = find_task("hopper-medium")
+    assert len(envs.make_envs(task, 10).envs) == 10 and not made
+    for n in (20, 400):
+        envs.make_envs(task, n)
+    assert made == [(20, 2), (400, 4)]
+
+
+def test_dead_worker():
+    workers = envs.Workers(find_task("hopper-medium"), 4, 2)
+    workers.reset(np.arange(4))
+    for pid in children(os.getpid()):
+        os.kill(pid, 9)
+    with pytest.raises(UserError, match="worker process of the evaluation died"):
+        workers.step(np.zeros((4, 3)))
+
+
+def children(parent):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # a process that has ended meanwhile
+            state, ppid = path.read_text().rsplit(")", 1)[1].split()[:2]
+            if int(ppid) == parent and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs 2 cores")
+def test_no_worker_is_left(small, tmp_path):
+    """kill -9 of a run takes its workers along."""
+    words = ["--env", small, "--steps", 10**6, "--eval-every", 20, "--eval-episodes", 10, "--seeds", 2]
+    process = start("algorithms/bc.py", *words)
+    deadline = time.time() + 60
+    while len(found := children(process.pid)) < 2 and time.time() < deadline:
+        time.sleep(0.1)
+    assert len(found) == 2
+    process.kill()
+    process.communicate()
+    time.sleep(3)
+    assert not [pid for pid in found if Path(f"/proc/{pid}").exists()]
+
+
+def test_graphs_are_captured_once_for_each_key(monkeypatch):
+    """Three calls of each key as they are, then one capture, then replays."""
+    events = []
+    run = SimpleNamespace(device=torch.device("cuda"), args=SimpleNamespace(graph=True))
+    fake = lambda: SimpleNamespace(replay=lambda: events.append("replay"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: contextlib.nullcontext(events.append("capture")))
+    update = Run.graphed(run, events.append)
+    for step in range(1, 13):
+        update(step % 2 == 0)
+    assert events[:6] == [False, True] * 3
+    assert events[6:] == ["capture", False, "replay", "capture", True, "replay"] + ["replay"] * 4
+    run.args.graph = False
+    assert Run.graphed(run, print) is print
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("seeds", [1, 3])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_graph_changes_nothing(name, seeds, small, tmp_path, monkeypatch):
+    """50 updates with and without the graph: the same parameters up to float error."""
+    script = SCRIPTS[name]
+    args = arguments(script, small, steps=50, eval_every=50, device="cuda", seeds=seeds)
+    plain = trained(tmp_path, monkeypatch, "plain", (script.train, dataclasses.replace(args, graph=False)))
+    graph = trained(tmp_path, monkeypatch, "graph", (script.train, args))
+    for net, state in plain["state"].items():
+        if not net.endswith("_opt"):
+            for key, value in state.items():
+                torch.testing.assert_close(graph["state"][net][key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_graph_flag_on_cpu(small, tmp_path, monkeypatch):
+    """On a CPU --no-graph is the same run, in the same folder."""
+    args = arguments(bc, small, steps=10)
+    plain = trained(tmp_path, monkeypatch, "plain", (bc.train, dataclasses.replace(args, graph=False)))
+    graph = trained(tmp_path, monkeypatch, "graph", (bc.train, args))
+    assert_equal(plain["state"], graph["state"])
+    paths = [checkpoint_of(tmp_path / name).relative_to(tmp_path / name) for name in ("plain", "graph")]
+    assert paths[0] == paths[1]
