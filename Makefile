@@ -7,10 +7,10 @@ READY := .venv/installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint results policies clean
+.PHONY: help install quickstart test lint results bench bench-peers policies clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 install: $(READY)  ## make .venv with everything that requirements.txt pins
 
@@ -33,9 +33,20 @@ lint: $(READY)  ## ruff: style and unused code
 results: $(READY)  ## rebuild results/README.md, the README's table and the figures from results/runs/
 	$(PYTHON) results/table.py
 
+bench: $(READY)  ## updates per second of every script on this machine, into results/bench.json (minutes)
+	$(PYTHON) results/bench.py
+
+bench-peers: $(READY) .venv-peers/installed  ## the same TD3+BC update in d3rlpy and torchrl, in turns with ours: ratios
+	$(PYTHON) results/peers.py --peers .venv-peers/bin/python
+
+.venv-peers/installed:
+	python3 -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --disable-pip-version-check torch==2.13.0 d3rlpy==2.8.1 torchrl==0.14.1
+	touch $@
+
 policies: $(READY)  ## train the behaviour policies again and copy the chosen snapshots (hours; goes on where it stopped)
 	$(PYTHON) datasets/policies/train.py
 
-clean:  ## remove .venv and caches; runs/, datasets and results stay
-	rm -rf .venv .pytest_cache .ruff_cache
+clean:  ## remove .venv, .venv-peers and caches; runs/, datasets and results stay
+	rm -rf .venv .venv-peers .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

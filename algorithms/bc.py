@@ -47,7 +47,7 @@ class Args:
 def mlp(*sizes):
     layers = []
     for i, o in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(i, o), nn.ReLU()]
+        layers += [nn.Linear(i, o), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 

@@ -49,7 +49,7 @@ class Args:
 def mlp(*sizes):
     layers = []
     for i, o in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(i, o), nn.ReLU()]
+        layers += [nn.Linear(i, o), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 
@@ -71,7 +71,7 @@ class Actor(nn.Module):
 
 
 class EnsembleLinear(nn.Module):
-    """The linear layers of N networks: x (B, I) or (N, B, I) -> (N, B, O); n: of the first n networks alone."""
+    """The linear layers of N networks: x (B, I) or (N, B, I) -> (N, B, O)."""
 
     def __init__(self, N, in_dim, out_dim):
         super().__init__()
@@ -79,23 +79,23 @@ class EnsembleLinear(nn.Module):
         self.weight = nn.Parameter(torch.stack([layer.weight.data.T for layer in layers]))  # (N, I, O)
         self.bias = nn.Parameter(torch.stack([layer.bias.data[None] for layer in layers]))  # (N, 1, O)
 
-    def forward(self, x, n=None):
-        return x @ self.weight[:n] + self.bias[:n]
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x.expand(len(self.weight), *x.shape[-2:]), self.weight)  # x @ weight + bias
 
 
 class Critic(nn.Module):
-    """Two Q-functions: obs (B, O), act (B, A) -> q (2, B); n: of the first n alone."""
+    """Two Q-functions: obs (B, O), act (B, A) -> q (2, B)."""
 
     def __init__(self, obs_dim, act_dim):
         super().__init__()
         sizes = (obs_dim + act_dim, 256, 256, 1)
         self.layers = nn.ModuleList(EnsembleLinear(2, i, o) for i, o in zip(sizes, sizes[1:]))
 
-    def forward(self, obs, act, n=None):
+    def forward(self, obs, act):
         x = torch.cat([obs, act], -1)  # (B, O + A)
         for layer in self.layers[:-1]:
-            x = layer(x, n).relu()  # (2, B, 256)
-        return self.layers[-1](x, n).squeeze(-1)
+            x = layer(x).relu_()  # (2, B, 256)
+        return self.layers[-1](x).squeeze(-1)
 
 
 def policy(obs, actor):

@@ -52,7 +52,7 @@ class Args:
 def mlp(*sizes):
     layers = []
     for i, o in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(i, o), nn.ReLU()]
+        layers += [nn.Linear(i, o), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 
@@ -77,7 +77,8 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter(torch.stack([layer.bias.data[None] for layer in layers]))  # (N, 1, O)
 
     def forward(self, x, n=None):
-        return x @ self.weight[:n] + self.bias[:n]
+        weight, bias = (self.weight, self.bias) if n is None else (self.weight[:n], self.bias[:n])
+        return torch.baddbmm(bias, x.expand(len(weight), *x.shape[-2:]), weight)  # x @ weight + bias
 
 
 class Critic(nn.Module):
@@ -91,7 +92,7 @@ class Critic(nn.Module):
     def forward(self, obs, act, n=None):
         x = torch.cat([obs, act], -1)  # (B, O + A)
         for layer in self.layers[:-1]:
-            x = layer(x, n).relu()  # (2, B, 256)
+            x = layer(x, n).relu_()  # (2, B, 256)
         return self.layers[-1](x, n).squeeze(-1)
 
 

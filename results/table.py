@@ -75,13 +75,49 @@ def detail_table(cells):
     ]
     for (env, source, name, changed, _, fingerprint, _), records in cells:
         returns = "<br>".join(f"{r['seed']}: {' '.join(f'{x:.0f}' for x in r['returns'])}" for r in records)
-        minutes = np.mean([record["seconds"] for record in records]) / 60
+        minutes = f"{np.mean([record['seconds'] for record in records]) / 60:.0f}"
+        if (together := max(record.get("trained_together", 1) for record in records)) > 1:
+            minutes += f" ({together} seeds together)"
         devices, commits = ({record[key] for record in records} for key in ("device", "commit"))
         lines.append(
-            f"| {env} | {' '.join((name, *changed))} | {returns} | {minutes:.0f} | {', '.join(sorted(devices))} "
+            f"| {env} | {' '.join((name, *changed))} | {returns} | {minutes} | {', '.join(sorted(devices))} "
             f"| {source} {fingerprint} | {', '.join(sorted(commits))} |"
         )
     return "\n".join(lines)
+
+
+def speed_tables():
+    """Of results/bench.json, the latest measurement on each device, and the latest comparison with other libraries."""
+    latest = {(entry["kind"], entry["device"]): entry for entry in json.loads((RESULTS / "bench.json").read_text())}
+    lines = [
+        "| device | script | seeds | updates/s | agent-updates/s | memory, MB | evaluation, s | its share | commit |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    peers = []
+    for (kind, device), entry in sorted(latest.items()):
+        if entry["rows"] == "not measured":
+            lines.append(f"| {device} | not measured | | | | | | | |")
+        elif kind == "scripts":
+            for row in entry["rows"]:
+                lines.append(
+                    f"| {device} | {row['script']} | {row['seeds']} | {row['updates_per_s']:,.0f} "
+                    f"| {row['agent_updates_per_s']:,.0f} | {row['memory_mb']:,} | {row['evaluation_s']:.1f} "
+                    f"| {row['evaluation_share']:.0%} | {entry['commit']} |"
+                )
+            for script, difference in entry.get("graph_difference", {}).items():
+                lines.append(
+                    f"| {device} | {script}, graph or not: parameters differ by {difference:.1e} | | | | | | | |"
+                )
+        else:
+            names = [row["name"] for row in entry["rows"] if row["name"] in row]
+            peers += [f"\n{device}, commit {entry['commit']}:\n"]
+            peers += [f"| TD3+BC | agent-updates/s | {' | '.join(f'ratio to {name}' for name in names)} |"]
+            peers += ["| --- | ---: |" + " ---: |" * len(names)]
+            for row in entry["rows"]:
+                name = f"{row['name']}, {row['seeds']} seeds" if row["name"] == "ours" else row["name"]
+                ratios = " | ".join(f"{row[name]:.2f}" for name in names)
+                peers.append(f"| {name} | {row['agent_updates_per_s']:,} | {ratios} |")
+    return "\n".join(lines), "\n".join(peers)
 
 
 def draw_curves(cells, published):
@@ -137,6 +173,7 @@ if __name__ == "__main__":
     readme = (ROOT / "README.md").read_text()
     readme = fill(fill(readme, "scores", scores), "scripts", script_table())
     (ROOT / "README.md").write_text(readme)
+    scripts, peers = speed_tables()
     sources = "\n".join(sorted({f"- {row['source']}: {row['note']}" for row in published.values()}))
     (RESULTS / "README.md").write_text(f"""# Results
 
@@ -154,6 +191,17 @@ transitions. Published scores are for D4RL's own data, 1,000,000 updates:
 {sources}
 
 ![learning curves](learning_curves.png)
+
+## Speed
+
+`make bench`, the latest on each device: batch 256, updates without evaluation; the seconds of one evaluation of all
+agents, 10 episodes each, and its share of a run that evaluates every 5,000 updates, as is the default.
+
+{scripts}
+
+`make bench-peers`: TD3+BC's update with the same data, batch size, widths and device, in turns in one run; medians of
+the rounds. An update draws its batch; "one fixed batch" is d3rlpy's update without that, compared with ours that does.
+{peers}
 
 ## Every run
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from results import table
+from datasets import UserError
+from results import bench, table
 
 FILES = ["README.md", "results/README.md", "results/learning_curves.png"]
 
@@ -101,3 +102,39 @@ def test_published_scores_have_sources():
     rows = table.read_published().values()
     assert len(rows) == 27
     assert all(row["source"] and row["note"] for row in rows)
+
+
+def test_speed_tables(tmp_path, monkeypatch):
+    """The latest measurement of each device; what was not measured says so."""
+    row = {"script": "bc", "seeds": 1, "updates": 10, "updates_per_s": 5.0, "agent_updates_per_s": 5.0}
+    row |= {"memory_mb": 100, "evaluation_s": 0.5, "evaluation_share": 0.1}
+    monkeypatch.setattr(bench, "FILE", tmp_path / "bench.json")
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    bench.FILE.write_text("[]")
+    bench.append({"kind": "scripts", "device": "H200", "rows": "not measured"})
+    bench.append({"kind": "scripts", "device": "cpu", "commit": "old", "rows": [row]})
+    bench.append({"kind": "scripts", "device": "cpu", "commit": "new", "rows": [row | {"updates_per_s": 1234.5}]})
+    ratios = [{"name": "ours", "seeds": 4, "agent_updates_per_s": 250, "peer": 2.5}]
+    ratios += [{"name": "peer", "seeds": 1, "agent_updates_per_s": 100, "peer": 1.0}]
+    bench.append({"kind": "peers", "device": "cpu", "commit": "new", "rows": ratios})
+    scripts, peers = table.speed_tables()
+    assert "| H200 | not measured |" in scripts and "| old |" not in scripts
+    assert "| cpu | bc | 1 | 1,234 | 5 | 100 | 0.5 | 10% | new |" in scripts
+    assert "| ours, 4 seeds | 250 | 2.50 |" in peers and "| peer | 100 | 1.00 |" in peers
+
+
+def test_bench_row(monkeypatch):
+    """Updates per second leave the two evaluations out; their share is that of the default of one in 5,000 updates."""
+    asked = []
+    record = {"seconds": 12.0, "eval_seconds": 2.0, "memory_mb": 100}
+    monkeypatch.setattr(bench, "train", lambda script, runs, *words: (asked.append(words), (record, None))[1])
+    row = bench.measure("td3_bc", 4, "cpu")
+    assert (row["updates"], row["updates_per_s"], row["agent_updates_per_s"]) == (500, 50.0, 200.0)
+    assert row["evaluation_s"] == 1.0 and row["evaluation_share"] == pytest.approx(1 / 101, abs=1e-3)
+    assert asked[0][asked[0].index("--seeds") + 1] == 4
+
+
+def test_bench_covers_every_script():
+    assert set(bench.UPDATES) == set(bench.CUDA_FACTOR) == {path.stem for path in (ROOT / "algorithms").glob("*.py")}
+    with pytest.raises(UserError, match="bc.py failed, and nothing was recorded: error: Unknown --env"):
+        bench.train("bc", "/nonexistent", "--env", "halfcheeta")

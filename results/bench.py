@@ -1,0 +1,131 @@
+"""Measures every script that trains, on this machine, and appends to results/bench.json, which `make results` draws.
+
+Each row is a run of the script as it is: its updates per second without the evaluations, the memory it took at most,
+and the share of a whole run that evaluation takes at the script's defaults (10 episodes every 5,000 updates).
+On CUDA it also trains with and without the graph, and notes by how much the parameters differ.
+
+Usage: make bench, or python results/bench.py --scripts td3_bc --seeds 1 16
+"""
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from datasets import UserError, write_whole
+from results.run import load_checkpoint
+
+FILE = ROOT / "results" / "bench.json"
+# Updates of one agent on a CPU, about ten seconds; S agents take a share of them. CUDA runs CUDA_FACTOR as many.
+UPDATES = {"bc": 6000, "td3_bc": 2000, "sac": 1500}
+CUDA_FACTOR = {"bc": 50, "td3_bc": 100, "sac": 8}
+ONLINE = ("sac",)  # in which a seed is a run
+
+
+@dataclass
+class Args:
+    scripts: tuple[str, ...] = tuple(UPDATES)
+    seeds: tuple[int, ...] = (1, 4, 16)
+    device: str = "auto"
+
+
+def machine():
+    """What an entry says about where and with what it was measured."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cuda = torch.cuda.is_available()
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown",
+        "device": torch.cuda.get_device_name() if cuda else f"{(names or [platform.machine()])[0]}, {cores} cores",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+    }
+
+
+def append(entry):
+    """Adds an entry to results/bench.json, one line each."""
+    entries = [*json.loads(FILE.read_text()), entry]
+    write_whole(FILE, ("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n").encode())
+
+
+def train(script, runs, *words):
+    """Runs the script; its record and its checkpoint."""
+    command = [sys.executable, str(ROOT / "algorithms" / f"{script}.py"), *map(str, words)]
+    done = subprocess.run(command, env=os.environ | {"RUNS_DIR": str(runs)}, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        raise UserError(f"{script}.py failed, and nothing was recorded: {last}")
+    record = max(Path(runs).rglob("record-seed=0.json"), key=lambda path: path.stat().st_mtime)
+    return json.loads(record.read_text()), load_checkpoint(record.with_name("checkpoint.pt"))
+
+
+def measure(script, seeds, device):
+    """One row: `script` with `seeds` agents, two evaluations included."""
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    steps = UPDATES[script] * CUDA_FACTOR[script] if cuda else max(100, UPDATES[script] // seeds)
+    words = ["--device", device, "--steps", steps, "--eval-every", steps // 2]
+    if script in ONLINE:
+        words += ["--start-steps", steps // 10]
+    else:
+        words += ["--source", "collected", "--seeds", seeds]
+    with tempfile.TemporaryDirectory() as runs:
+        record, _ = train(script, runs, *words)
+    seconds, each = record["seconds"] - record["eval_seconds"], record["eval_seconds"] / 2
+    return {
+        "script": script,
+        "seeds": seeds,
+        "updates": steps,
+        "updates_per_s": round(steps / seconds, 1),
+        "agent_updates_per_s": round(seeds * steps / seconds, 1),
+        "memory_mb": record["memory_mb"],
+        "evaluation_s": round(each, 2),
+        "evaluation_share": round(each / (each + 5000 * seconds / steps), 3),
+    }
+
+
+def graph_difference(script):
+    """The largest difference of a parameter after 200 updates with and without the CUDA graph."""
+    words = ["--source", "collected", "--steps", 200, "--eval-every", 200, "--eval-episodes", 1, "--seeds", 2]
+    with tempfile.TemporaryDirectory() as runs:
+        ends = [train(script, runs, *words, *more)[1]["state"] for more in ((), ("--no-graph",))]
+    nets = [net for net in ends[0] if not net.endswith("_opt")]
+    return max((ends[0][net][key] - ends[1][net][key]).abs().max().item() for net in nets for key in ends[0][net])
+
+
+def bench(args):
+    rows = []
+    print(f"{machine()['device']}\n\nscript     seeds  updates/s  agent-updates/s  memory MB  evaluation s  share")
+    for script in args.scripts:
+        for seeds in args.seeds[:1] if script in ONLINE else args.seeds:
+            rows.append(row := measure(script, seeds, args.device))
+            print(
+                f"{script:10} {seeds:5} {row['updates_per_s']:10.0f} {row['agent_updates_per_s']:16.0f} "
+                f"{row['memory_mb']:10} {row['evaluation_s']:13.2f} {row['evaluation_share']:6.1%}"
+            )
+    entry = {"kind": "scripts", **machine(), "rows": rows}
+    if torch.cuda.is_available() and args.device != "cpu":
+        offline = [script for script in args.scripts if script not in ONLINE]
+        entry["graph_difference"] = {script: graph_difference(script) for script in offline}
+    append(entry)
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    for script in args.scripts:
+        if script not in UPDATES:
+            raise UserError(f"Unknown --scripts '{script}'; known are {', '.join(UPDATES)}.")
+    bench(args)

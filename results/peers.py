@@ -1,0 +1,197 @@
+"""TD3+BC updates per second of this repository beside d3rlpy's and torchrl's, in one run: make bench-peers.
+
+Each candidate is a process of its own with the same data (halfcheetah-medium), batch size, widths and device, and all
+threads for itself: they take turns, one round after another, so that a machine whose speed drifts slows all alike.
+An update draws its batch and makes one step of the critic, every second one a step of the actor and of the targets.
+
+Usage: python results/peers.py --peers .venv-peers/bin/python     (on an otherwise idle machine)
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
+ROUNDS, SECONDS = 7, 3.0  # each round gives each candidate about so long
+OURS = (1, 4, 16)  # seeds
+PEERS = ("d3rlpy", "d3rlpy, one fixed batch", "torchrl")
+
+
+def commands():
+    """The numbers of updates that the parent asks for, one a line."""
+    print("ready", flush=True)
+    for line in sys.stdin:
+        yield int(line)
+
+
+def timed(update, n):
+    start = time.perf_counter()
+    for _ in range(n):
+        update()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    print(time.perf_counter() - start, flush=True)
+
+
+def ours(seeds):
+    """Trains with the script itself; its loop stops between the rounds."""
+    import td3_bc
+
+    steps = td3_bc.Run.steps
+
+    def paused(run, data, **state):
+        loop = steps(run, data, **state)
+        for n in commands():
+            start = time.perf_counter()
+            for _ in range(n):
+                yield next(loop)
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+            print(time.perf_counter() - start, flush=True)
+
+    td3_bc.Run.steps = paused
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["RUNS_DIR"] = folder
+        td3_bc.train(td3_bc.Args(source="collected", seeds=seeds, steps=10**9, eval_every=10**9))
+
+
+def columns(path):
+    import h5py
+
+    with h5py.File(path) as file:
+        return [file[name][:] for name in ("observations", "actions", "rewards", "terminals", "timeouts")]
+
+
+def d3rlpy(path, fixed):
+    import d3rlpy
+
+    obs, act, rew, terminals, timeouts = columns(path)
+    data = d3rlpy.dataset.MDPDataset(obs, act, rew, terminals.astype(np.float32), timeouts.astype(np.float32))
+    scaler = d3rlpy.preprocessing.StandardObservationScaler(obs.mean(0), obs.std(0))
+    config = d3rlpy.algos.TD3PlusBCConfig(batch_size=256, observation_scaler=scaler)
+    agent = config.create(device="cuda:0" if torch.cuda.is_available() else "cpu:0")
+    agent.build_with_dataset(data)
+    batch = data.sample_transition_batch(256)
+    for n in commands():
+        timed(lambda: agent.update(batch if fixed else data.sample_transition_batch(256)), n)
+
+
+def torchrl(path):
+    from tensordict import TensorDict
+    from tensordict.nn import TensorDictModule, TensorDictSequential
+    from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
+    from torchrl.modules import MLP, TanhModule, ValueOperator
+    from torchrl.objectives import SoftUpdate, TD3BCLoss
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    obs, act, rew, terminals, timeouts = map(torch.as_tensor, columns(path))
+    obs = (obs - obs.mean(0)) / (obs.std(0) + 1e-3)
+    N = len(obs) - 1
+    flags = {"terminated": terminals[:N, None].bool(), "done": (terminals | timeouts)[:N, None].bool()}
+    next_td = {"observation": obs[1:], "reward": rew[:N, None], **flags}
+    table = TensorDict({"observation": obs[:-1], "action": act[:N], "next": next_td}, [N], device=device)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(N, device=device), batch_size=256)
+    buffer.extend(table)
+
+    spec = Bounded(-1, 1, (act.shape[1],), device=device)
+    mlp = lambda i, o: MLP(i, o, num_cells=[256, 256], activation_class=torch.nn.ReLU, device=device)
+    actor = TensorDictSequential(
+        TensorDictModule(mlp(obs.shape[1], act.shape[1]), ["observation"], ["param"]),
+        TanhModule(["param"], ["action"], spec=spec),
+    )
+    value = ValueOperator(mlp(obs.shape[1] + act.shape[1], 1), in_keys=["action", "observation"])
+    loss = TD3BCLoss(actor, value, action_spec=spec, num_qvalue_nets=2, loss_function="l2", delay_qvalue=True)
+    loss.make_value_estimator(gamma=0.99)
+    targets = SoftUpdate(loss, eps=0.995)
+    critic_opt = torch.optim.Adam(list(loss.qvalue_network_params.flatten_keys().values()), 3e-4)
+    actor_opt = torch.optim.Adam(list(loss.actor_network_params.flatten_keys().values()), 3e-4)
+    count = 0
+
+    def update():
+        nonlocal count
+        batch = buffer.sample()
+        critic_opt.zero_grad()
+        loss.qvalue_loss(batch)[0].backward()
+        critic_opt.step()
+        count += 1
+        if count % 2 == 0:
+            actor_opt.zero_grad()
+            loss.actor_loss(batch)[0].backward()
+            actor_opt.step()
+            targets.step()
+
+    for n in commands():
+        timed(update, n)
+
+
+class Candidate:
+    """A process that updates when it is asked to."""
+
+    def __init__(self, python, name, path, agents):
+        self.name, self.agents, self.rates = name, agents, []
+        command = [python, __file__, "--candidate", name, str(path), str(agents)]
+        log = Path(tempfile.gettempdir()) / f"peers-{name.replace(' ', '-')}-{agents}.log"
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, bufsize=1
+            )
+        while (line := self.process.stdout.readline()) != "ready\n":
+            if not line:
+                raise SystemExit(f"error: {name} did not start; its messages are in {log}.")
+        self.ask(20)  # sets everything up
+        self.updates = max(10, int(SECONDS * 50 / self.ask(50)))
+
+    def ask(self, n):
+        self.process.stdin.write(f"{n}\n")
+        if not (line := self.process.stdout.readline()):
+            raise SystemExit(f"error: {self.name} stopped.")
+        return float(line)
+
+    def round(self):
+        self.rates.append(self.agents * self.updates / self.ask(self.updates))
+
+
+def compare(peers):
+    """Rows (name, median agent-updates/s, median over the rounds of the ratio to each peer)."""
+    from datasets import find_task, load
+    from datasets.sources import collected_file
+    from results.bench import append, machine
+
+    load("halfcheetah-medium", "collected")  # collects the file where it is not there yet
+    path = collected_file(find_task("halfcheetah-medium"))
+    everyone = [Candidate(sys.executable, "ours", path, seeds) for seeds in OURS]
+    everyone += [Candidate(peers, name, path, 1) for name in PEERS]
+    for _ in range(ROUNDS):
+        for candidate in everyone:
+            candidate.round()
+    rows = []
+    for one in everyone:
+        row = {"name": one.name, "seeds": one.agents, "agent_updates_per_s": round(np.median(one.rates))}
+        row |= {
+            peer.name: np.median(np.divide(one.rates, peer.rates)).round(2) for peer in everyone if peer.name in PEERS
+        }
+        rows.append(row)
+        print(", ".join(f"{key}: {value}" for key, value in rows[-1].items()))
+    append({"kind": "peers", **machine(), "rows": rows})
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--candidate"]:
+        name, path, agents = sys.argv[2:]
+        if name == "ours":
+            ours(int(agents))
+        elif name == "torchrl":
+            torchrl(path)
+        else:
+            d3rlpy(path, fixed=name != "d3rlpy")
+    elif sys.argv[1:2] == ["--peers"] and len(sys.argv) == 3:
+        compare(sys.argv[2])
+    else:
+        raise SystemExit(__doc__)
