@@ -25,7 +25,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from datasets import UserError, write_whole
-from results.run import load_checkpoint
+from results.run import choose_device, load_checkpoint
 
 FILE = ROOT / "results" / "bench.json"
 # Updates of one agent on a CPU, about ten seconds; S agents take a share of them. CUDA runs CUDA_FACTOR as many.
@@ -41,17 +41,17 @@ class Args:
     device: str = "auto"
 
 
-def machine():
-    """What an entry says about where and with what it was measured."""
+def machine(device):
+    """What an entry says about where and with what it was measured; device: cpu or cuda."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cuda = torch.cuda.is_available()
+    cpu = f"{(names or [platform.machine()])[0]}, {cores} cores"
     words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     return {
         "date": datetime.date.today().isoformat(),
         "commit": subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown",
-        "device": torch.cuda.get_device_name() if cuda else f"{(names or [platform.machine()])[0]}, {cores} cores",
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
 
@@ -75,8 +75,10 @@ def train(script, runs, *words):
 
 def measure(script, seeds, device):
     """One row: `script` with `seeds` agents, two evaluations included."""
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    steps = UPDATES[script] * CUDA_FACTOR[script] if cuda else max(100, UPDATES[script] // seeds)
+    if device == "cuda":
+        steps = UPDATES[script] * CUDA_FACTOR[script]
+    else:
+        steps = max(100, UPDATES[script] // seeds)
     words = ["--device", device, "--steps", steps, "--eval-every", steps // 2]
     if script in ONLINE:
         words += ["--start-steps", steps // 10]
@@ -107,17 +109,19 @@ def graph_difference(script):
 
 
 def bench(args):
-    rows = []
-    print(f"{machine()['device']}\n\nscript     seeds  updates/s  agent-updates/s  memory MB  evaluation s  share")
+    device, rows = choose_device(args.device).type, []
+    print(
+        f"{machine(device)['device']}\n\nscript     seeds  updates/s  agent-updates/s  memory MB  evaluation s  share"
+    )
     for script in args.scripts:
-        for seeds in args.seeds[:1] if script in ONLINE else args.seeds:
-            rows.append(row := measure(script, seeds, args.device))
+        for seeds in (1,) if script in ONLINE else args.seeds:
+            rows.append(row := measure(script, seeds, device))
             print(
                 f"{script:10} {seeds:5} {row['updates_per_s']:10.0f} {row['agent_updates_per_s']:16.0f} "
                 f"{row['memory_mb']:10} {row['evaluation_s']:13.2f} {row['evaluation_share']:6.1%}"
             )
-    entry = {"kind": "scripts", **machine(), "rows": rows}
-    if torch.cuda.is_available() and args.device != "cpu":
+    entry = {"kind": "scripts", **machine(device), "rows": rows}
+    if device == "cuda":
         offline = [script for script in args.scripts if script not in ONLINE]
         entry["graph_difference"] = {script: graph_difference(script) for script in offline}
     append(entry)

@@ -179,7 +179,7 @@ def compare(peers):
         }
         rows.append(row)
         print(", ".join(f"{key}: {value}" for key, value in rows[-1].items()))
-    append({"kind": "peers", **machine(), "rows": rows})
+    append({"kind": "peers", **machine("cuda" if torch.cuda.is_available() else "cpu"), "rows": rows})
 
 
 if __name__ == "__main__":

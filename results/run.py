@@ -77,7 +77,7 @@ class Run:
             self._board = SummaryWriter(self.folder, purge_step=start + 1)
         handler = signal.signal(signal.SIGINT, self._interrupt)
         title = f"{self.algorithm} {data.task.name}"
-        self._bar = tqdm(total=self.args.steps, initial=start, desc=title, unit="update", mininterval=0.5)
+        self._bar = tqdm(total=self.args.steps, initial=start, desc=title, unit="step", mininterval=0.5)
         self._clock = self._loop_start = time.perf_counter()
         self._start, self._eval_before = start, self.eval_seconds
         try:

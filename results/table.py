@@ -95,9 +95,8 @@ def speed_tables():
     ]
     peers = []
     for (kind, device), entry in sorted(latest.items()):
-        if entry["rows"] == "not measured":
-            lines.append(f"| {device} | not measured | | | | | | | |")
-        elif kind == "scripts":
+        lines += [f"| {device} | {what}: not measured | | | | | | | |" for what in entry.get("not measured", [])]
+        if kind == "scripts":
             for row in entry["rows"]:
                 lines.append(
                     f"| {device} | {row['script']} | {row['seeds']} | {row['updates_per_s']:,.0f} "

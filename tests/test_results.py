@@ -111,14 +111,14 @@ def test_speed_tables(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "FILE", tmp_path / "bench.json")
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     bench.FILE.write_text("[]")
-    bench.append({"kind": "scripts", "device": "H200", "rows": "not measured"})
+    bench.append({"kind": "scripts", "device": "H200", "rows": [], "not measured": ["bc, 1 seed"]})
     bench.append({"kind": "scripts", "device": "cpu", "commit": "old", "rows": [row]})
     bench.append({"kind": "scripts", "device": "cpu", "commit": "new", "rows": [row | {"updates_per_s": 1234.5}]})
     ratios = [{"name": "ours", "seeds": 4, "agent_updates_per_s": 250, "peer": 2.5}]
     ratios += [{"name": "peer", "seeds": 1, "agent_updates_per_s": 100, "peer": 1.0}]
     bench.append({"kind": "peers", "device": "cpu", "commit": "new", "rows": ratios})
     scripts, peers = table.speed_tables()
-    assert "| H200 | not measured |" in scripts and "| old |" not in scripts
+    assert "| H200 | bc, 1 seed: not measured |" in scripts and "| old |" not in scripts
     assert "| cpu | bc | 1 | 1,234 | 5 | 100 | 0.5 | 10% | new |" in scripts
     assert "| ours, 4 seeds | 250 | 2.50 |" in peers and "| peer | 100 | 1.00 |" in peers
 
