@@ -55,8 +55,8 @@ class Run:
                 raise UserError(f"--{field.name.replace('_', '-')} must be at least {least}, not {value}.")
         self.device = choose_device(args.device)
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # one stream for all: a graph cannot be captured in the default one
-            torch.cuda.set_stream(torch.cuda.Stream())
+            torch.cuda.set_device(self.device.index or 0)
+            torch.cuda.set_stream(torch.cuda.Stream())  # one stream for all: a graph cannot be captured in the default
         keep_freed_memory()
         torch.manual_seed(args.seed)
         self.seeds = range(args.seed, args.seed + getattr(args, "seeds", 1))
