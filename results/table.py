@@ -108,12 +108,16 @@ def speed_tables():
                     f"| {device} | {script}, graph or not: parameters differ by {difference:.1e} | | | | | | | |"
                 )
         else:
+            peers += [""] if peers else []
             names = [row["name"] for row in entry["rows"] if row["name"] in row]
-            peers += [f"\n{device}, commit {entry['commit']}:\n"]
-            peers += [f"| TD3+BC | agent-updates/s | {' | '.join(f'ratio to {name}' for name in names)} |"]
+            peers += [f"| {device} | agent-updates/s | {' | '.join(f'ratio to {name}' for name in names)} |"]
             peers += ["| --- | ---: |" + " ---: |" * len(names)]
             for row in entry["rows"]:
-                name = f"{row['name']}, {row['seeds']} seeds" if row["name"] == "ours" else row["name"]
+                name = (
+                    f"{row['name']}, {row['seeds']} seed{'s' * (row['seeds'] > 1)}"
+                    if row["name"] == "ours"
+                    else row["name"]
+                )
                 ratios = " | ".join(f"{row[name]:.2f}" for name in names)
                 peers.append(f"| {name} | {row['agent_updates_per_s']:,} | {ratios} |")
     return "\n".join(lines), "\n".join(peers)
@@ -170,9 +174,10 @@ if __name__ == "__main__":
     scores = score_table(cells, published)
     draw_curves(cells, published)
     readme = (ROOT / "README.md").read_text()
-    readme = fill(fill(readme, "scores", scores), "scripts", script_table())
-    (ROOT / "README.md").write_text(readme)
     scripts, peers = speed_tables()
+    for name, content in (("scores", scores), ("scripts", script_table()), ("peers", peers)):
+        readme = fill(readme, name, content)
+    (ROOT / "README.md").write_text(readme)
     sources = "\n".join(sorted({f"- {row['source']}: {row['note']}" for row in published.values()}))
     (RESULTS / "README.md").write_text(f"""# Results
 
@@ -200,6 +205,7 @@ agents, 10 episodes each, and its share of a run that evaluates every 5,000 upda
 
 `make bench-peers`: TD3+BC's update with the same data, batch size, widths and device, in turns in one run; medians of
 the rounds. An update draws its batch; "one fixed batch" is d3rlpy's update without that, compared with ours that does.
+
 {peers}
 
 ## Every run
