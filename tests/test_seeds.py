@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import time
 from pathlib import Path
@@ -89,6 +90,21 @@ def test_stacked_policy_acts_as_each_agent():
     expected = torch.stack([actor(o) for actor, o in zip(actors, obs)]).detach()
     actor = bc.stack(actors)
     torch.testing.assert_close(bc.lift(3, bc.policy, actor)(obs).detach(), expected)
+
+
+def test_one_record_for_each_seed(small, tmp_path, monkeypatch):
+    """--record files each agent under its own seed, in the cell of runs of one agent."""
+    monkeypatch.setattr("results.run.ROOT", tmp_path)
+    bc.train(arguments(bc, small, steps=20, seed=5, seeds=2, lr=1e-3, record=True))
+    bc.train(arguments(bc, small, steps=20, seed=7, lr=1e-3, record=True))
+    folder = tmp_path / "results/runs/bc/collected/halfcheetah-medium"
+    names = [f"seed={seed},lr=0.001,eval_every=10,eval_episodes=1,steps=20.json" for seed in (5, 6, 7)]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    five, six, seven = (json.loads((folder / name).read_text()) for name in names)
+    assert (five["seed"], six["seed"], six["trained_together"], seven["trained_together"]) == (5, 6, 2, 1)
+    assert five["args"] == six["args"] == seven["args"]
+    assert [point["step"] for point in six["curve"]] == [10, 20] and five["returns"] != six["returns"]
+    assert six["score"] == six["curve"][-1]["score"] and six["returns"] == six["curve"][-1]["returns"]
 
 
 def test_not_finite_names_the_agent(small, monkeypatch):
