@@ -25,7 +25,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from datasets import UserError, write_whole
-from results.run import choose_device, load_checkpoint
+from results.run import choose_device, code_version, load_checkpoint
 
 FILE = ROOT / "results" / "bench.json"
 # Updates of one agent on a CPU, about ten seconds; S agents take a share of them. CUDA runs CUDA_FACTOR as many.
@@ -47,10 +47,9 @@ def machine(device):
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu = f"{(names or [platform.machine()])[0]}, {cores} cores"
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown",
+        "commit": code_version(),
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }

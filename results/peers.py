@@ -95,6 +95,7 @@ def torchrl(path):
     obs = (obs - obs.mean(0)) / (obs.std(0) + 1e-3)
     N = len(obs) - 1
     flags = {"terminated": terminals[:N, None].bool(), "done": (terminals | timeouts)[:N, None].bool()}
+    # Here alone, for the time it takes: the row after a time-out stands for its next observation.
     next_td = {"observation": obs[1:], "reward": rew[:N, None], **flags}
     table = TensorDict({"observation": obs[:-1], "action": act[:N], "next": next_td}, [N], device=device)
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(N, device=device), batch_size=256)

@@ -78,8 +78,7 @@ class Run:
         handler = signal.signal(signal.SIGINT, self._interrupt)
         title = f"{self.algorithm} {data.task.name}"
         self._bar = tqdm(total=self.args.steps, initial=start, desc=title, unit="step", mininterval=0.5)
-        self._clock = self._loop_start = time.perf_counter()
-        self._start, self._eval_before = start, self.eval_seconds
+        self._clock = time.perf_counter()
         try:
             for step in range(start + 1, self.args.steps + 1):
                 yield step
@@ -98,7 +97,8 @@ class Run:
                 self._board.close()
 
     def graphed(self, update):
-        """`update(*key)`, on CUDA replayed as one graph for each key, after some calls that set everything up."""
+        """`update(*key)`, on CUDA replayed as one graph for each key, after three calls that create what it cannot:
+        the optimisers' state, the libraries' workspaces, the tensors of `watch`."""
         if self.device.type != "cuda" or not self.args.graph:
             return update
         calls, graphs = collections.Counter(), {}
@@ -122,7 +122,7 @@ class Run:
             if name not in self._losses:
                 self._losses[name] = torch.zeros_like(loss)
             self._losses[name].copy_(loss.detach())
-        self._finite &= torch.isfinite(sum(losses.values())).detach()
+        self._finite &= torch.isfinite(sum(losses.values()))
         self._good_steps += self._finite
 
     def due(self, step):
@@ -145,7 +145,7 @@ class Run:
         S, text = len(self.seeds), f"score {scores.mean():.1f}"
         if S > 1:
             scalars |= {f"score_seed={seed}": score for seed, score in zip(self.seeds, scores)}
-            speed = S * (step - self._start) / (now - self._loop_start - self.eval_seconds + self._eval_before)
+            speed = S * step / (self.seconds + now - self._clock - self.eval_seconds)
             text += f" ± {scores.std(ddof=1):.1f}, {speed:.0f} agent-updates/s"
         with _writing(self.folder):
             for name, value in scalars.items():
@@ -247,7 +247,7 @@ class Run:
         args, cuda = dataclasses.asdict(self.args), self.device.type == "cuda"
         shared = {
             "args": {name: value for name, value in args.items() if name not in NOT_OF_THE_CELL},
-            "commit": _git("describe", "--always", "--dirty", "--abbrev=12"),
+            "commit": code_version(),
             "device": torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads",
             "versions": {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)},
             "trained_together": len(self.seeds),
@@ -310,6 +310,12 @@ def choose_device(name):
     return device
 
 
+def code_version():
+    """The commit, with -dirty where Python code differs from it; records and measurements may."""
+    dirty = _git("diff", "--name-only", "HEAD", "--", "*.py") and "-dirty"
+    return (_git("rev-parse", "--short=12", "HEAD") or "unknown") + dirty
+
+
 def keep_freed_memory():
     """Lets glibc keep what is freed: else each update gives megabytes back to the system and faults them in again."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -347,5 +353,4 @@ def _short(path):
 
 
 def _git(*words):
-    done = subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from datasets import UserError
-from results import bench, table
+from results import bench, run, table
 
 FILES = ["README.md", "results/README.md", "results/learning_curves.png"]
 
@@ -138,3 +138,21 @@ def test_bench_covers_every_script():
     assert set(bench.UPDATES) == set(bench.CUDA_FACTOR) == {path.stem for path in (ROOT / "algorithms").glob("*.py")}
     with pytest.raises(UserError, match="bc.py failed, and nothing was recorded: error: Unknown --env"):
         bench.train("bc", "/nonexistent", "--env", "halfcheeta")
+
+
+def test_code_version(tmp_path, monkeypatch):
+    """Dirty is code that differs from the commit; a measurement or a table written meanwhile is not code."""
+    who = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    git = lambda *words: subprocess.run([*who, *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    assert run.code_version() == "unknown"
+    for name in ("code.py", "bench.json"):
+        (tmp_path / name).write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "1")
+    clean = run.code_version()
+    (tmp_path / "bench.json").write_text("2")
+    assert run.code_version() == clean and len(clean) == 12
+    (tmp_path / "code.py").write_text("2")
+    assert run.code_version() == clean + "-dirty"
