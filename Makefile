@@ -7,7 +7,7 @@ READY := .venv/installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint results bench bench-peers policies clean
+.PHONY: help install quickstart test lint datasets results bench bench-peers policies clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -29,6 +29,11 @@ test: $(READY) lint  ## the test suite
 lint: $(READY)  ## ruff: style and unused code
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+datasets: $(READY)  ## collect every task that is missing (20 minutes, 4 GB), print and draw all that is at hand
+	$(PYTHON) datasets/collect.py --all
+	$(PYTHON) datasets/show.py
+	$(PYTHON) results/table.py
 
 results: $(READY)  ## rebuild results/README.md, the README's table and the figures from results/runs/
 	$(PYTHON) results/table.py

@@ -28,8 +28,9 @@ from results.run import Run
 
 @dataclass
 class Args:
-    env: str = "halfcheetah-medium"  # the task, or an HDF5 file
-    source: str = "auto"  # where its data come from: auto, collected
+    env: str = "halfcheetah-medium"  # the task, a Minari id, or an HDF5 file
+    source: str = "auto"  # where its data come from: auto, d4rl, minari, collected
+    eval_env: str = ""  # the Gymnasium environment to evaluate in, for an HDF5 file of your own
     seed: int = 0
     seeds: int = 1  # agents trained side by side: seed, seed + 1, ...
     steps: int = 1_000_000  # updates
@@ -100,7 +101,7 @@ def train(args):
     run = Run(__file__, args)
     if not 0 < args.top_fraction <= 1:
         raise UserError(f"--top-fraction must lie in (0, 1], not {args.top_fraction}.")
-    data = load(args.env, args.source, run.device)
+    data = load(args.env, args.source, run.device, args.eval_env)
     if args.top_fraction < 1:
         data.keep(top_trajectories(data, args.top_fraction))
     data.normalize_obs()  # (obs - mean) / (std + 1e-3)

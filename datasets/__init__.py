@@ -2,11 +2,14 @@
 
 import sys
 
+from datasets import mazes
 from datasets.catalog import BODIES, TASKS, Task, UserError, find_task
 from datasets.dataset import Batch, Dataset
 from datasets.sources import load, write_whole
 
 __all__ = ["BODIES", "TASKS", "Batch", "Dataset", "Task", "UserError", "find_task", "load", "write_whole"]
+
+TASKS.update(mazes.TASKS)
 
 
 def _show(kind, error, traceback):

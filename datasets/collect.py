@@ -1,13 +1,17 @@
-"""Collects D4RL's locomotion datasets anew, from the behaviour policies in datasets/policies/.
+"""Collects datasets here: D4RL's locomotion suite anew, from the behaviour policies in datasets/policies/, and mazes.
 
-D4RL's protocol: actions are sampled from SAC policies, "random" is an untrained one, "medium" one stopped early,
-"expert" one trained to the end, "medium-expert" both; for "medium-replay", which in D4RL is the replay buffer of the
-medium policy's training, snapshots along that training act. Sizes are D4RL's.
+D4RL's protocol for locomotion: actions are sampled from SAC policies, "random" is an untrained one, "medium" one
+stopped early, "expert" one trained to the end, "medium-expert" both; for "medium-replay", which in D4RL is the replay
+buffer of the medium policy's training, snapshots along that training act. Sizes are D4RL's. Mazes: datasets/mazes.py.
 
 Usage: python datasets/collect.py --env halfcheetah-medium
+       python datasets/collect.py --all
+       python datasets/collect.py --env hopper-medium --minari offline-rl/hopper/medium-v0
 """
 
+import dataclasses
 import hashlib
+import json
 import multiprocessing
 import os
 import signal
@@ -22,41 +26,69 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers' NumPy, whose matrices are small
 import mujoco
 import numpy as np
+import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from datasets import mazes
 from datasets.catalog import UserError, find_task
+from datasets.dataset import Dataset
 from datasets.sources import collected_file, describe, read_hdf5, write_hdf5
 
 POLICIES = Path(__file__).resolve().parent / "policies"
-PROTOCOL = 1  # to be raised with every change here that changes the transitions
+PROTOCOL = 1  # to be raised with every change here or in mazes.py that changes the transitions
 SHARD = 20_000  # transitions that one job collects; fixed, so that the data do not depend on the number of workers
 ENVS = 10  # environments that one job steps together, with one call of the policy
+QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
+COLLECTED = [f"{body}-{quality}" for body in ("halfcheetah", "hopper", "walker2d") for quality in QUALITIES]
+COLLECTED += list(mazes.TASKS)
 REPLAY_SIZES = {"halfcheetah": 202_000, "hopper": 402_000, "walker2d": 302_000}
 
 
 @dataclass
 class Args:
-    env: str  # the task, say halfcheetah-medium
+    env: str = ""  # the task, say halfcheetah-medium
+    all: bool = False  # instead: every task that can be collected
     transitions: int = 0  # collect so many instead of D4RL's number (then give --out as well)
     out: str = ""  # write to this file instead of the cache
+    minari: str = ""  # write it as the Minari dataset of this id as well
 
 
 def plan(task, transitions=0):
-    """What to collect: a list of jobs (policy file, transitions, seed). UserError if a policy does not exist yet."""
+    """What to collect: a list of jobs (policy file, transitions, seed). UserError if a policy does not exist.
+
+    In mazes a controller acts, and the file is None.
+    """
+    if task.name not in COLLECTED:
+        raise UserError(f"{task.name} cannot be collected here, only {', '.join(COLLECTED)}.")
+    if task.name in mazes.TASKS:
+        total = transitions or mazes.SIZES[task.name]
+        return [(None, size, seed) for seed, size in enumerate(spread(total, -(-total // SHARD)))]
     body, quality = task.name.split("-", 1)
     table = tomllib.loads((POLICIES / "policies.toml").read_text())
     jobs = []
     for part in quality.split("-") if quality == "medium-expert" else [quality]:
-        files = [POLICIES / f"{body}-{step:07d}.npz" for step in table.get(body, {}).get(part, [])]
+        files = [
+            POLICIES / f"{run}-{step:07d}.npz"
+            for run, row in table.items()
+            if run.split("-")[0] == body
+            for step in row.get(part, [])
+        ]
         if not files or not all(file.exists() for file in files):
             raise UserError(
-                f"The behaviour policy of {body}-{part} does not exist yet; 'make policies' trains it, in hours."
+                f"The behaviour policy of {body}-{part} does not exist: 'make policies' trains it, in hours."
             )
         total = transitions or (REPLAY_SIZES[body] if part == "medium-replay" else 1_000_000)
         for file, share in zip(files, spread(total, len(files))):
             jobs += [(file, size, len(jobs) + i) for i, size in enumerate(spread(share, -(-share // SHARD)))]
     return jobs
+
+
+def can_collect(task):
+    try:
+        return bool(plan(task))
+    except UserError:
+        return False
 
 
 def spread(total, parts, unit=1000):
@@ -68,8 +100,11 @@ def spread(total, parts, unit=1000):
 def fingerprint(task, jobs):
     """12 hexadecimal digits that change with the policies, the sizes, the protocol and the simulator."""
     digest = hashlib.sha256(f"{PROTOCOL} {task.env_id} {task.max_episode_steps} {mujoco.__version__}".encode())
+    if task.name in mazes.TASKS:
+        controller = mazes.NOISE, mazes.NEAR, mazes.STAY, mazes.TRIPS.get(task.name)
+        digest.update(json.dumps([controller, dataclasses.asdict(task)]).encode())
     for file, size, seed in jobs:
-        digest.update(f"{size} {seed}".encode() + file.read_bytes())
+        digest.update(f"{size} {seed}".encode() + (file.read_bytes() if file else b""))
     return digest.hexdigest()[:12]
 
 
@@ -95,6 +130,8 @@ def rollout(task, file, transitions, seed):
 
     Episodes count in the order of their start, not of their end, or short ones would be preferred.
     """
+    if task.name in mazes.TASKS:
+        return mazes.rollout(task, transitions, seed)
     policy, rng = load_policy(file), np.random.default_rng([seed, 0])
     envs = [task.make_env() for _ in range(ENVS)]
     episodes, current = [], [None] * ENVS  # lists of rows in the order of their start; the one each environment is in
@@ -149,17 +186,35 @@ def collect(task, path, transitions=0):
         raise UserError(f"A worker was killed, perhaps for want of memory; collect {task.name} again.") from None
     finally:
         workers.shutdown(wait=False, cancel_futures=True)
-    write_hdf5(path, task, "collected", fingerprint(task, jobs), np.concatenate(tables))
+    write_hdf5(path, assemble(task, fingerprint(task, jobs), np.concatenate(tables)))
+
+
+def assemble(task, fingerprint, rows):
+    """The Dataset of rows (N, O + A + 1 + O + 2) that `rollout` gave."""
+    O = task.obs_dim
+    ends = np.flatnonzero(rows[:, -2:].any(1)) + 1
+    return Dataset(task, "collected", fingerprint, torch.from_numpy(rows[:, :-1]), ends, O, rows.shape[1] - 2 * O - 3)
+
+
+def main(args):
+    if args.transitions < 0 or bool(args.transitions) != bool(args.out):
+        raise UserError("--transitions N, at least 1, and --out FILE go together: another number is another dataset.")
+    if bool(args.env) == args.all or (args.all and (args.out or args.minari)):
+        raise UserError("Give one task with --env, or --all alone.")
+    for name in COLLECTED if args.all else [args.env]:
+        task = find_task(name)
+        path = Path(args.out) if args.out else collected_file(task)
+        if args.out or not path.exists():
+            collect(task, path, args.transitions)
+        data = read_hdf5(path)
+        print(f"{describe(data)}\n{path}, {path.stat().st_size / 1e6:.0f} MB")
+        if args.minari:
+            from datasets.minari_io import export_minari
+
+            export_minari(data, args.minari, "waypoint controller" if name in mazes.TASKS else "SAC")
 
 
 if __name__ == "__main__":
     import tyro
 
-    args = tyro.cli(Args)
-    if args.transitions < 0 or bool(args.transitions) != bool(args.out):
-        raise UserError("--transitions N, at least 1, and --out FILE go together: another number is another dataset.")
-    task = find_task(args.env)
-    path = Path(args.out) if args.out else collected_file(task)
-    if args.out or not path.exists():
-        collect(task, path, args.transitions)
-    print(f"{describe(read_hdf5(path))}\n{path}, {path.stat().st_size / 1e6:.0f} MB")
+    main(tyro.cli(Args))

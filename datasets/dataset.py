@@ -34,13 +34,14 @@ class Dataset:
 
     Columns are views of the table (`data.rew *= 0.1` changes the data): obs (N, O), act (N, A), rew (N,),
     next_obs (N, O), done (N,). `ends` (E,) holds, for each episode, the index after its last row.
+    With discrete actions `n_actions` is their number, else 0; `act` then holds one index, (N, 1).
     `obs_mean` and `obs_std` (O,) are what `normalize_obs` applied, 0 and 1 before; whoever acts applies them too.
     """
 
-    def __init__(self, task, source, fingerprint, rows, ends, obs_dim, act_dim):
+    def __init__(self, task, source, fingerprint, rows, ends, obs_dim, act_dim, n_actions=0):
         self.task, self.source, self.fingerprint = task, source, fingerprint
         self.rows, self.ends, self.obs_dim, self.act_dim = rows, np.asarray(ends), obs_dim, act_dim
-        self.size = len(rows)
+        self.size, self.n_actions = len(rows), n_actions
         self.obs_mean = torch.zeros(obs_dim, device=rows.device)
         self.obs_std = torch.ones(obs_dim, device=rows.device)
         self._envs = None  # (how many, environments) of the last evaluation
@@ -116,13 +117,16 @@ class Dataset:
     @torch.no_grad()
     @one_thread()
     def evaluate(self, policy, episodes, seed, seeds=1):
-        """Returns of `episodes` episodes, (episodes,) float64; of several agents, (seeds, episodes).
+        """Returns of `episodes` episodes, (episodes,) float64; of several agents, (seeds, episodes). None where the
+        task has no environment.
 
         `policy` maps normalized obs (episodes, O) to act (episodes, A); of several agents, with leading axis (seeds,).
         The episodes of all agents run side by side with one policy call a step. The same seed gives the same start
         states, so that two evaluations of a run differ by the policy alone; agent k's are those of seed + k.
         """
         shape = (episodes,) if seeds == 1 else (seeds, episodes)
+        if not self.task.evaluable:
+            return None
         n = episodes * seeds
         if self._envs is None or self._envs[0] != n:
             self._envs = n, make_envs(self.task, n)
@@ -132,7 +136,9 @@ class Dataset:
         while running.any():
             x = torch.as_tensor(obs, dtype=torch.float32, device=self.rows.device)
             x = ((x - self.obs_mean) / self.obs_std).view(*shape, self.obs_dim)
-            act = policy(x).clamp(-1, 1).view(n, self.act_dim).cpu().numpy()
+            act = policy(x)
+            act = act.long().view(n) if self.n_actions else act.clamp(-1, 1).view(n, self.act_dim)
+            act = act.cpu().numpy()
             if not np.isfinite(act).all():
                 raise UserError("The policy returns actions that are not finite; the run has diverged.")
             obs, rew, over = envs.step(act)

@@ -16,7 +16,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from datasets import BODIES, TASKS, Dataset, UserError, find_task
+from datasets import BODIES, Dataset, Task, UserError, find_task
 from datasets.collect import load_policy
 from results.run import choose_device, load_checkpoint
 
@@ -47,7 +47,7 @@ def evaluate(args):
         seeds = 1
     else:
         saved = load_checkpoint(args.checkpoint, device)
-        data = Dataset.buffer(find_task(saved["task"], TASKS | BODIES), 0, device)
+        data = Dataset.buffer(Task(**saved["task"]), 0, device)
         data.obs_mean, data.obs_std = saved["obs_mean"], saved["obs_std"]
         script = importlib.import_module(f"algorithms.{saved['algorithm']}")
         seeds = saved["args"].get("seeds", 1)

@@ -30,7 +30,7 @@ from datasets import UserError, write_whole
 ROOT = Path(__file__).resolve().parent.parent
 # Arguments that do not tell one run from another: a resume may change them, and they are not in the folder's name.
 FREE = {"steps", "device", "resume", "record", "graph"}
-NOT_OF_THE_CELL = FREE | {"env", "source", "seed", "seeds"}  # they have places of their own in the record
+NOT_OF_THE_CELL = FREE | {"env", "source", "eval_env", "seed", "seeds"}  # they have places of their own in the record
 # TensorBoard writes in a thread of its own; what the disk refuses it is raised again, and told, in `report`.
 threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else threading.__excepthook__(args)
 
@@ -66,6 +66,8 @@ class Run:
 
     def steps(self, data, **state):
         """Yields the steps; saves when it is due, on Ctrl-C, and at the end, where the record is written as well."""
+        if self.args.record and not data.task.evaluable:
+            raise UserError(f"--record keeps scores, and policies for {data.task.name} are not evaluated.")
         self.data, self.state, self.folder = data, state, self._folder(data)
         self.checkpoint = self.folder / "checkpoint.pt"
         start = self._restore() if self.args.resume else self._start_afresh()
@@ -134,24 +136,33 @@ class Run:
         return True
 
     def report(self, step, returns):
-        """Writes an evaluation, returns (episodes,) or (S, episodes), to the bar, TensorBoard and curve; saves next."""
+        """Writes an evaluation to the bar, TensorBoard and the curve, and has the step saved next.
+
+        returns: (episodes,) or (S, episodes); None, without an environment, leaves the losses.
+        """
         now = time.perf_counter()
         self.eval_seconds += now - self._eval_start
-        returns = np.atleast_2d(returns)
-        scores = self.data.score(returns).mean(1)  # (S,)
-        self.curve.append({"step": step, "scores": scores.round(3).tolist(), "returns": returns.round(3).tolist()})
-        scalars = {"score": scores.mean(), "return": returns.mean()}
-        scalars |= {name: loss.mean().item() for name, loss in self._losses.items()}
-        S, text = len(self.seeds), f"score {scores.mean():.1f}"
+        scalars = {name: loss.mean().item() for name, loss in self._losses.items()}
+        point, S = {"step": step, "losses": scalars.copy()}, len(self.seeds)
+        text = ", ".join(f"{name} {value:.3g}" for name, value in scalars.items())
+        if returns is not None:
+            returns = np.atleast_2d(returns)
+            scores = self.data.score(returns).mean(1)  # (S,)
+            point = {"step": step, "scores": scores.round(3).tolist(), "returns": returns.round(3).tolist()}
+            scalars |= {"score": scores.mean(), "return": returns.mean()}
+            if S > 1:
+                scalars |= {f"score_seed={seed}": score for seed, score in zip(self.seeds, scores)}
+            spread = f" ± {scores.std(ddof=1):.1f}" if S > 1 else ""
+            text = f"score {scores.mean():.1f}{spread}, return {returns.mean():.4g}"
         if S > 1:
-            scalars |= {f"score_seed={seed}": score for seed, score in zip(self.seeds, scores)}
             speed = S * step / (self.seconds + now - self._clock - self.eval_seconds)
-            text += f" ± {scores.std(ddof=1):.1f}, {speed:.0f} agent-updates/s"
+            text += f", {speed:.0f} agent-updates/s"
+        self.curve.append(point)
         with _writing(self.folder):
             for name, value in scalars.items():
                 self._board.add_scalar(name, value, step)
             self._board.flush()
-        self._bar.set_postfix_str(f"{text}, return {returns.mean():.0f}", refresh=False)
+        self._bar.set_postfix_str(text, refresh=False)
         self._save_due = True
 
     def _check_finite(self, step):
@@ -169,7 +180,8 @@ class Run:
     def _folder(self, data):
         """runs/<algorithm>/<source>/<task>/<seed, seeds and the arguments that are not at their defaults>."""
         name = f"seed={self.args.seed}" + (f",seeds={len(self.seeds)}" if len(self.seeds) > 1 else "") + self._changed()
-        return Path(os.environ.get("RUNS_DIR", ROOT / "runs")) / self.algorithm / data.source / data.task.name / name
+        runs, task = Path(os.environ.get("RUNS_DIR", ROOT / "runs")), data.task.name.replace("/", "-")  # a Minari id
+        return runs / self.algorithm / data.source / task / name
 
     def _changed(self):
         """`,name=value` of each argument that makes another cell of the table and is not at its default."""
@@ -223,7 +235,7 @@ class Run:
         checkpoint = {
             "algorithm": self.algorithm,
             "args": dataclasses.asdict(self.args),
-            "task": self.data.task.name,
+            "task": dataclasses.asdict(self.data.task),
             "source": self.data.source,
             "fingerprint": self.data.fingerprint,
             "step": self.step,
@@ -258,6 +270,8 @@ class Run:
         for agent, seed in enumerate(self.seeds):
             curve = [
                 {"step": point["step"], "score": point["scores"][agent], "returns": point["returns"][agent]}
+                if "scores" in point
+                else point
                 for point in self.curve
             ]
             record = {
@@ -265,10 +279,12 @@ class Run:
                 "env": self.data.task.name,
                 "source": self.data.source,
                 "fingerprint": self.data.fingerprint,
+                "eval_env": self.data.task.env_id,
                 "steps": self.args.steps,
                 "seed": seed,
-                "score": curve[-1]["score"],
-                "returns": curve[-1]["returns"],
+                "score": curve[-1].get("score"),
+                "normalized": self.data.task.ref_min is not None,
+                "returns": curve[-1].get("returns"),
                 **shared,
                 "curve": curve,
             }
@@ -281,12 +297,15 @@ class Run:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(place, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
         self._bar.close()
-        scores = self.curve[-1]["scores"]
-        spread = f" ± {np.std(scores, ddof=1):.1f} of {len(scores)} seeds" if len(scores) > 1 else ""
+        end, what = self.curve[-1], "mean return" if self.data.task.ref_min is None else "normalized score"
+        if "scores" in end:
+            spread = f" ± {np.std(end['scores'], ddof=1):.1f} of {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
+            result = f"{what} {np.mean(end['scores']):.1f}{spread} over {len(end['returns'][0])} episodes"
+        else:
+            result = "not evaluated, " + ", ".join(f"{name} {value:.3g}" for name, value in end["losses"].items())
         print(
             f"{self.algorithm} on {self.data.task.name} (source {self.data.source}, {self.args.steps} steps): "
-            f"normalized score {np.mean(scores):.1f}{spread} over {len(self.curve[-1]['returns'][0])} episodes; "
-            f"record, checkpoint and TensorBoard curves in {_short(self.folder)}"
+            f"{result}; record, checkpoint and TensorBoard curves in {_short(self.folder)}"
         )
 
     def _interrupt(self, signum, frame):

@@ -11,6 +11,7 @@ import ast
 import csv
 import json
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,6 +22,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from datasets import show
+
 RESULTS = ROOT / "results"
 NAMES = {"bc": "BC", "td3_bc": "TD3+BC", "sac": "SAC (online)"}
 COLORS = {"BC": "tab:gray", "10% BC": "tab:olive", "TD3+BC": "tab:blue"}
@@ -63,6 +67,7 @@ def score_table(cells, published):
         row = published.get((name, env))
         theirs = f"{float(row['mean']):.1f} ± {float(row['std']):.1f}" if row and not changed else ""
         score = mean_and_deviation([record["score"] for record in records])
+        score += "" if records[0].get("normalized", True) else " (return)"
         name = " ".join((name, *changed))
         lines.append(f"| {env} | {name} | {score} | {len(records)} | {steps:,} | {source} | {theirs} |")
     return "\n".join(lines)
@@ -178,6 +183,9 @@ if __name__ == "__main__":
     for name, content in (("scores", scores), ("scripts", script_table()), ("peers", peers)):
         readme = fill(readme, name, content)
     (ROOT / "README.md").write_text(readme)
+    guide = ROOT / "datasets" / "README.md"
+    rows = json.loads((ROOT / "datasets" / "statistics.json").read_text())
+    guide.write_text(fill(guide.read_text(), "datasets", show.table(rows)))
     sources = "\n".join(sorted({f"- {row['source']}: {row['note']}" for row in published.values()}))
     (RESULTS / "README.md").write_text(f"""# Results
 

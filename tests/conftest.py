@@ -25,6 +25,9 @@ def own_folders(tmp_path, monkeypatch):
     """Each test has runs and a cache of its own, and one thread, so that sums are taken in one order."""
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     monkeypatch.setenv("OFFLINE_RL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    monkeypatch.setenv("D4RL_URL", "http://127.0.0.1:9/")  # nobody answers there
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 

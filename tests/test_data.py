@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import fails, start
 
-from datasets import BODIES, TASKS, Dataset, UserError, collect, find_task, load, sources
-from datasets.collect import fingerprint, load_policy, plan, rollout, spread
+from datasets import BODIES, Dataset, UserError, collect, find_task, load, sources
+from datasets.collect import assemble, fingerprint, load_policy, plan, rollout, spread
 from datasets.sources import read_hdf5, write_hdf5
 
 HOPPER = find_task("hopper-medium")
@@ -48,7 +48,6 @@ def test_catalog_has_d4rl_facts(body, env_id, obs_dim, act_dim, low, high):
     assert (env.observation_space.shape, env.action_space.shape) == ((obs_dim,), (act_dim,))
     assert env.spec.max_episode_steps == 1000
     assert np.all(env.action_space.high == 1) and np.all(env.action_space.low == -1)
-    assert len(TASKS) == 15
 
 
 def test_rollout_marks_terminals_and_timeouts(hopper_policy):
@@ -228,7 +227,7 @@ def test_cache(monkeypatch, capsys):
 
 def test_rows_survive_the_file(tmp_path, hopper_policy):
     rows = rollout(HOPPER, hopper_policy, 500, seed=6)
-    write_hdf5(tmp_path / "x.hdf5", HOPPER, "collected", "abc", rows)
+    write_hdf5(tmp_path / "x.hdf5", assemble(HOPPER, "abc", rows))
     data = read_hdf5(tmp_path / "x.hdf5")
     np.testing.assert_array_equal(data.rows, rows[:, :-1])
     np.testing.assert_array_equal(data.ends, np.flatnonzero(rows[:, -2] + rows[:, -1]) + 1)
@@ -241,9 +240,13 @@ def test_errors(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Unknown --env 'ant'"):
         find_task("ant", BODIES)
     (tmp_path / "policies.toml").write_text("[walker2d]\nmedium = [1000]\n")
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="policy of walker2d-medium does not exist yet"):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="policy of walker2d-medium does not exist"):
         patch.setattr(collect, "POLICIES", tmp_path)
-        load("walker2d-medium-expert")
+        load("walker2d-medium-expert", "collected")
+    with pytest.raises(UserError, match="pen-human cannot be collected here, only halfcheetah-random"):
+        load("pen-human", "collected")
+    with pytest.raises(UserError, match="D4RL has no data called stitch-gap"):
+        load("stitch-gap", "d4rl")
     with pytest.raises(UserError, match="Unknown --source"):
         load("halfcheetah-medium", "elsewhere")
     with pytest.raises(UserError, match="There is no file"):
@@ -253,7 +256,7 @@ def test_errors(tmp_path, monkeypatch):
         load(str(tmp_path / "text.hdf5"))
     with h5py.File(tmp_path / "other.hdf5", "w") as file:
         file["observations"] = np.zeros((3, O))
-    with pytest.raises(UserError, match="damaged or not a dataset"):
+    with pytest.raises(UserError, match="lacks actions, rewards, terminals, timeouts"):
         load(str(tmp_path / "other.hdf5"))
     (tmp_path / "file").touch()
     monkeypatch.setenv("OFFLINE_RL_CACHE", str(tmp_path / "file" / "cache"))
