@@ -2,6 +2,11 @@
 
 import sys
 
+import farama_notifications
+
+# gymnasium-robotics would print above every output that some of its rewards changed; d4rl_envs.py deals with that.
+farama_notifications.notifications.pop("gymnasium_robotics", None)
+
 from datasets import mazes
 from datasets.catalog import BODIES, TASKS, Task, UserError, find_task
 from datasets.dataset import Batch, Dataset

@@ -16,6 +16,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 import tomllib
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
@@ -165,10 +167,22 @@ def rollout(task, file, transitions, seed):
     return rows
 
 
+def end_with(parent):
+    """In a worker: ends it when the process `parent` is no more. After a kill -9 it would wait for jobs forever."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def collect(task, path, transitions=0):
     """Collects `task` into the HDF5 file `path`, in D4RL's layout. The file appears when it is whole, or not at all."""
     jobs, tables = plan(task, transitions), []
-    workers = ProcessPoolExecutor(min(len(jobs), os.cpu_count()), multiprocessing.get_context("spawn"))
+    context, count = multiprocessing.get_context("spawn"), min(len(jobs), os.cpu_count())
+    workers = ProcessPoolExecutor(count, context, initializer=end_with, initargs=(os.getpid(),))
     handler = signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # inherited by the workers: Ctrl-C is this process's business

@@ -86,7 +86,7 @@ def make_task(name):
     env_args = {"maze_map": cells, "continuing_task": False}
     # The module's name is for a process that gets a task without having imported this module.
     env_id = "datasets.mazes:PointMazeFixedGoal-v3"
-    return Task(name, env_id, 0.0, 1.0, LIMITS[name], env_args, obs_keys=("observation",))
+    return Task(name, env_id, 0.0, 1.0, LIMITS[name], env_args, obs_keys=("observation",), obs_dim=4, act_dim=2)
 
 
 TASKS = {name: make_task(name) for name in MAPS}

@@ -1,8 +1,8 @@
 """Rebuilds every table and figure from the records in results/runs/ and the published scores in results/reference.csv.
 
-Reads files only, and writes the same bytes from the same files: results/README.md, results/learning_curves.png, and the
-parts of the README between `<!-- x -->` and `<!-- /x -->`. A cell of the table is one algorithm on one task with equal
-source, fingerprint, steps and arguments; its seeds are averaged, and nothing else ever is.
+Reads files only, and writes the same bytes from the same files: results/README.md, results/learning_curves.png, and
+the parts of README.md and datasets/README.md between `<!-- x -->` and `<!-- /x -->`. A cell is one algorithm
+on one task with equal source, fingerprint, steps and arguments; its seeds are averaged, and nothing else ever is.
 
 Usage: make results
 """
@@ -11,7 +11,6 @@ import ast
 import csv
 import json
 import re
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -22,9 +21,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from datasets import show
-
 RESULTS = ROOT / "results"
 NAMES = {"bc": "BC", "td3_bc": "TD3+BC", "sac": "SAC (online)"}
 COLORS = {"BC": "tab:gray", "10% BC": "tab:olive", "TD3+BC": "tab:blue"}
@@ -88,6 +84,29 @@ def detail_table(cells):
             f"| {env} | {' '.join((name, *changed))} | {returns} | {minutes} | {', '.join(sorted(devices))} "
             f"| {source} {fingerprint} | {', '.join(sorted(commits))} |"
         )
+    return "\n".join(lines)
+
+
+def dataset_table(rows):
+    """One line a dataset, from the rows of datasets/statistics.json, beside what D4RL's dataset of that name holds."""
+    with (ROOT / "datasets" / "d4rl.csv").open() as file:
+        theirs = {row["file"]: row for row in csv.DictReader(file)}
+    lines = [
+        "| task | source | transitions | episodes | return | range | score | D4RL's return | ratio |",
+        "| --- | --- |" + " ---: |" * 7,
+    ]
+    for row in rows:
+        digits = 0 if abs(row["max"]) > 10 else 2
+        mean, std, least, most = (f"{row[key]:.{digits}f}" for key in ("mean", "std", "min", "max"))
+        score = "" if row["score"] is None else f"{row['score']:.1f}"
+        d4rl = theirs.get(row["d4rl_file"], {})
+        their_return = ratio = ""
+        if d4rl.get("return_mean"):
+            their_return = f"{float(d4rl['return_mean']):.0f} ± {float(d4rl['return_std']):.0f}"
+            ratio = f"{row['mean'] / float(d4rl['return_mean']):.2f}"
+        episodes = f"{row['episodes']:,}" + (f" ({int(d4rl['episodes']):,})" if d4rl.get("episodes") else "")
+        cells = row["task"], row["source"], f"{row['transitions']:,}", episodes, f"{mean} ± {std}"
+        lines.append("| " + " | ".join((*cells, f"{least} to {most}", score, their_return, ratio)) + " |")
     return "\n".join(lines)
 
 
@@ -185,7 +204,7 @@ if __name__ == "__main__":
     (ROOT / "README.md").write_text(readme)
     guide = ROOT / "datasets" / "README.md"
     rows = json.loads((ROOT / "datasets" / "statistics.json").read_text())
-    guide.write_text(fill(guide.read_text(), "datasets", show.table(rows)))
+    guide.write_text(fill(guide.read_text(), "datasets", dataset_table(rows)))
     sources = "\n".join(sorted({f"- {row['source']}: {row['note']}" for row in published.values()}))
     (RESULTS / "README.md").write_text(f"""# Results
 

@@ -1,17 +1,21 @@
+import contextlib
+import json
+import multiprocessing
 import os
 import random
 import resource
 import signal
 import time
+from pathlib import Path
 
 import gymnasium
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import fails, start
+from conftest import ROOT, fails, start
 
-from datasets import BODIES, Dataset, UserError, collect, find_task, load, sources
+from datasets import BODIES, Dataset, UserError, collect, find_task, load, show, sources
 from datasets.collect import assemble, fingerprint, load_policy, plan, rollout, spread
 from datasets.sources import read_hdf5, write_hdf5
 
@@ -293,6 +297,95 @@ def test_interrupted_collection_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_killed_collection_leaves_nothing_half(tmp_path):
+    """kill -9 at ten random moments: the file is whole or absent, no worker lives on, leftovers go the next time."""
+    path, task = tmp_path / "x.hdf5", find_task("stitch-meet")
+    context = multiprocessing.get_context("fork")  # quicker than ten new interpreters
+    seconds, whole = 0.0, None
+    for _ in range(11):
+        process, start = context.Process(target=collect.collect, args=(task, path, 3000)), time.time()
+        process.start()
+        if whole is None:  # undisturbed
+            process.join()
+            seconds, whole = time.time() - start, path.read_bytes()
+        else:
+            process.join(random.random() * seconds)
+            process.kill()
+            process.join()
+        if path.exists():
+            assert path.read_bytes() == whole
+            path.unlink()
+    (tmp_path / f".x.hdf5.{process.pid}").touch()  # as if it had died while it wrote
+    time.sleep(1.5)
+    for worker in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            assert b"multiprocessing.spawn" not in worker.read_bytes()
+    collect.collect(task, path, 3000)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_build_the_same_cache(monkeypatch):
+    """Two processes at once, each of which finds no cache: both end with the whole dataset."""
+    monkeypatch.setattr(collect, "plan", lambda task, n=0: plan(task, n or 3000))
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=load, args=("stitch-gap", "collected")) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    path = sources.collected_file(find_task("stitch-gap"))
+    assert list(path.parent.iterdir()) == [path] and len(load("stitch-gap")) == 3000
+
+
+def test_export_command(tmp_path):
+    """collect.py --minari writes a dataset that load reads back, row for row."""
+    words = ("--env", "stitch-meet", "--transitions", 2000, "--out", tmp_path / "x.hdf5", "--minari", "test/stitch-v0")
+    process = start("datasets/collect.py", *words)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    ours, theirs = load(str(tmp_path / "x.hdf5")), load("test/stitch-v0")
+    assert torch.equal(ours.rows, theirs.rows) and (ours.ends == theirs.ends).all()
+    assert theirs.source == "minari" and theirs.task.ref_max == 1
+    assert "exists already" in fails("datasets/collect.py", *words)
+
+
+def test_readme_own_data(tmp_path, monkeypatch):
+    """The README's ten lines, on episodes of which one terminates and one is cut."""
+    rng = np.random.default_rng(0)
+    episodes = [
+        (rng.normal(size=(T + 1, O)), rng.uniform(-1, 1, (T, A)), rng.normal(size=T), terminated)
+        for T, terminated in ((30, True), (20, False))
+    ]
+    code = (ROOT / "README.md").read_text().split("### Bring your own data")[1].split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"episodes": episodes})
+    data = load("mine.hdf5", eval_env="Hopper-v4")
+    assert data.ends.tolist() == [30, 50] and np.flatnonzero(data.done).tolist() == [29]
+    for (obs, act, rew, _), rows in zip(episodes, (slice(0, 30), slice(30, 50))):
+        np.testing.assert_allclose(data.obs[rows], obs[:-1], rtol=1e-6)
+        np.testing.assert_allclose(data.next_obs[rows], obs[1:], rtol=1e-6)
+        np.testing.assert_allclose(data.act[rows], act, rtol=1e-6)
+        np.testing.assert_allclose(data.rew[rows], rew, rtol=1e-6)
+
+
+def test_show(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(collect, "plan", lambda task, n=0: plan(task, n or 2000))
+    monkeypatch.setattr(show, "FOLDER", tmp_path)
+    with pytest.raises(UserError, match="No dataset is at hand"):
+        show.main()
+    for name in ("hopper-medium", "stitch-gap"):
+        load(name, "collected")
+    show.main()
+    out = capsys.readouterr().out
+    rows = json.loads((tmp_path / "statistics.json").read_text())
+    assert [row["task"] for row in rows] == ["hopper-medium", "stitch-gap"]
+    assert rows[0]["transitions"] == 2000 and sum(rows[0]["histogram"]) == rows[0]["episodes"]
+    assert "| 1422 ± 379 |" in out and "not at hand: python datasets/collect.py --env hopper-random" in out
+    assert all((tmp_path / name).stat().st_size > 2000 for name in ("returns.png", "mazes.png"))
+
+
 def test_collect_arguments():
+    assert "Give one task" in fails("datasets/collect.py")
     assert "go together" in fails("datasets/collect.py", "--env", "halfcheetah-medium", "--transitions", 10)
     assert "nearest names" in fails("datasets/collect.py", "--env", "halfcheeta-medium")

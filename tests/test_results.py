@@ -10,12 +10,12 @@ from conftest import ROOT
 from datasets import UserError
 from results import bench, run, table
 
-FILES = ["README.md", "results/README.md", "results/learning_curves.png"]
+FILES = ["README.md", "results/README.md", "datasets/README.md", "results/learning_curves.png"]
 
 
 def copy_of_the_project(root):
     root.mkdir()
-    subprocess.run(["cp", "-r", "README.md", "algorithms", "results", root], cwd=ROOT, check=True)
+    subprocess.run(["cp", "-r", "README.md", "algorithms", "datasets", "results", root], cwd=ROOT, check=True)
     return root
 
 
@@ -28,7 +28,7 @@ def test_the_same_bytes(tmp_path):
     """Tables and figures made twice, in two copies, from the same records; the tables are those committed."""
     made = [rebuild(copy_of_the_project(tmp_path / name)) for name in "ab"]
     assert made[0] == made[1]
-    assert made[0][:2] == [(ROOT / file).read_bytes() for file in FILES[:2]]
+    assert made[0][:3] == [(ROOT / file).read_bytes() for file in FILES[:3]]
 
 
 def write(folder, name, **changes):

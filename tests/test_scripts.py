@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -15,6 +16,7 @@ from conftest import ROOT, fails, start
 
 from algorithms import bc, sac, td3_bc
 from datasets import UserError
+from datasets.minari_io import export_minari
 from results import evaluate
 from results.run import Run, choose_device, load_checkpoint
 
@@ -218,6 +220,37 @@ def test_record_and_earlier_run(small, tmp_path):
     (folder / "mine").touch()
     bc.train(args)
     assert not (folder / "mine").exists() and Path(f"{folder}~1/mine").exists()
+
+
+def test_without_environment(small, tmp_path, capsys):
+    """A file of one's own, and nothing to evaluate in: the run reports its losses."""
+    with h5py.File(small) as file, h5py.File(tmp_path / "own.hdf5", "w") as own:
+        for key in ("observations", "actions", "rewards", "terminals", "timeouts"):
+            own[key] = file[key][:]
+    args = arguments(td3_bc, tmp_path / "own.hdf5", steps=20, seeds=2)
+    td3_bc.train(args)
+    out = capsys.readouterr().out
+    assert "not evaluated" in out and "actor_loss" in out
+    record = json.loads(checkpoint_of(tmp_path).with_name("record-seed=1.json").read_text())
+    assert record["score"] is None and record["curve"][-1]["losses"]["critic_loss"] > 0
+    with pytest.raises(UserError, match="cannot be evaluated: no environment is known"):
+        evaluate.evaluate(evaluate.Args(checkpoint_of(tmp_path), episodes=1))
+    with pytest.raises(UserError, match="--record keeps scores"):
+        td3_bc.train(dataclasses.replace(args, record=True))
+
+
+def test_minari_run(tmp_path, capsys, small):
+    """A Minari id: its slashes stay out of the folder's name, and its raw return is called so."""
+    data = bc.load(str(small))
+    data.task = dataclasses.replace(data.task, ref_min=None, ref_max=None)
+    data.keep([0, 1])
+    export_minari(data, "test/cheetah/medium-v0")
+    bc.train(arguments(bc, "test/cheetah/medium-v0", steps=10))
+    out = capsys.readouterr().out
+    assert "every score below is the raw return" in out and "mean return" in out.splitlines()[-1]
+    assert (tmp_path / "runs/bc/minari/test-cheetah-medium-v0").is_dir()
+    returns, data = evaluate.evaluate(evaluate.Args(checkpoint_of(tmp_path), episodes=1))
+    assert data.task.name == "test/cheetah/medium-v0" and np.isfinite(returns).all()
 
 
 def test_not_finite(small, tmp_path, monkeypatch):
