@@ -78,6 +78,10 @@ class Task:
             limit = self.max_episode_steps
             return gymnasium.make(self.env_id, max_episode_steps=limit, disable_env_checker=True, **self.env_args)
 
+    @property
+    def score_name(self):
+        return "normalized score" if self.ref_min is not None else "return"
+
     def score(self, returns):
         """Normalized score of a return or of an array of returns; the return itself without reference scores."""
         if self.ref_min is None:

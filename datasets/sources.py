@@ -22,6 +22,7 @@ from datasets.catalog import Task, UserError, find_task
 from datasets.dataset import Dataset
 
 SOURCES = ("auto", "d4rl", "minari", "collected")
+READER = 1  # to be raised when another Dataset is made of the same D4RL or Minari files
 CHUNK = 50_000  # rows read at a time, which bounds the memory used beside the tensors
 
 
@@ -107,7 +108,9 @@ def _load_collected(task, device):
     from datasets.collect import collect
 
     path = collected_file(task)
-    return _cached(path, "", lambda: collect(task, path), device)
+    data = _cached(path, "", lambda: collect(task, path), device)
+    data.task = task
+    return data
 
 
 def _load_d4rl(task, device):
@@ -124,20 +127,21 @@ def _load_d4rl(task, device):
         if (task.obs_dim, task.act_dim) != (O, A):
             wanted = f"{task.obs_dim} and {task.act_dim}"
             raise UserError(f"{path} has {O} observations and {A} actions, {task.name} {wanted}: another task's file?")
-        refusal = task.refusal
-        if task.name.startswith("ant-") and rows[:, 27:O].any():
-            refusal = "the data's contact forces are not all 0, as those of D4RL's v2 data and of the environment are"
-        kept = dataclasses.replace(task, refusal=refusal)
-        write_hdf5(flat, _dataset(kept, "d4rl", path, rows, ends, O, A), origin)
+        write_hdf5(flat, _dataset(task, "d4rl", path, rows, ends, O, A), origin)
 
-    origin = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    return _cached(flat, origin, build, device)
+    origin = f"{READER} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    data = _cached(flat, origin, build, device)
+    data.task = task
+    if task.name.startswith("ant-") and data.obs[:, 27:].any():
+        refusal = "the data's contact forces are not all 0, as those of D4RL's v2 data and of the environment are"
+        data.task = dataclasses.replace(task, refusal=refusal)
+    return data
 
 
 def _load_minari(dataset_id, device):
     from datasets import minari_io  # Minari takes a second to import
 
-    origin = minari_io.origin(dataset_id)
+    origin = f"{READER} {minari_io.origin(dataset_id)}"
     flat = cache_dir() / f"minari-{dataset_id.replace('/', '-')}.hdf5"
 
     def build():
@@ -171,8 +175,9 @@ def _dataset(task, source, where, rows, ends, O, A, n_actions=0, device="cpu"):
     if not n_actions and (outside := (np.abs(act) > 1).any(1).sum()):
         print(f"{outside:,} actions of {where} lay outside [-1, 1] and were clipped.")
         np.clip(act, -1, 1, out=act)
-    digest = hashlib.sha256(rows.tobytes() + ends.tobytes()).hexdigest()[:12]
-    return Dataset(task, source, digest, torch.from_numpy(rows).to(device), ends, O, A, n_actions)
+    digest = hashlib.sha256(rows)
+    digest.update(ends)
+    return Dataset(task, source, digest.hexdigest()[:12], torch.from_numpy(rows).to(device), ends, O, A, n_actions)
 
 
 def write_hdf5(path, data, origin=""):

@@ -153,7 +153,8 @@ class Run:
             if S > 1:
                 scalars |= {f"score_seed={seed}": score for seed, score in zip(self.seeds, scores)}
             spread = f" ± {scores.std(ddof=1):.1f}" if S > 1 else ""
-            text = f"score {scores.mean():.1f}{spread}, return {returns.mean():.4g}"
+            text = f"{self.data.task.score_name} {scores.mean():.1f}{spread}"
+            text += f", return {returns.mean():.4g}" if self.data.task.ref_min is not None else ""
         if S > 1:
             speed = S * step / (self.seconds + now - self._clock - self.eval_seconds)
             text += f", {speed:.0f} agent-updates/s"
@@ -297,10 +298,11 @@ class Run:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(place, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
         self._bar.close()
-        end, what = self.curve[-1], "mean return" if self.data.task.ref_min is None else "normalized score"
+        end = self.curve[-1]
         if "scores" in end:
             spread = f" ± {np.std(end['scores'], ddof=1):.1f} of {len(self.seeds)} seeds" if len(self.seeds) > 1 else ""
-            result = f"{what} {np.mean(end['scores']):.1f}{spread} over {len(end['returns'][0])} episodes"
+            score = f"{self.data.task.score_name} {np.mean(end['scores']):.1f}{spread}"
+            result = f"{score} over {len(end['returns'][0])} episodes"
         else:
             result = "not evaluated, " + ", ".join(f"{name} {value:.3g}" for name, value in end["losses"].items())
         print(
