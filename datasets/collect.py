@@ -183,9 +183,7 @@ def collect(task, path, transitions=0):
     jobs, tables = plan(task, transitions), []
     context, count = multiprocessing.get_context("spawn"), min(len(jobs), os.cpu_count())
     workers = ProcessPoolExecutor(count, context, initializer=end_with, initargs=(os.getpid(),))
-    handler = signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # inherited by the workers: Ctrl-C is this process's business
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: Ctrl-C is for this process
     shards = workers.map(rollout, [task] * len(jobs), *zip(*jobs))
     signal.signal(signal.SIGINT, handler)
     try:
