@@ -29,8 +29,8 @@ from results.run import choose_device, code_version, load_checkpoint
 
 FILE = ROOT / "results" / "bench.json"
 # Updates of one agent on a CPU, about ten seconds; S agents take a share of them. CUDA runs CUDA_FACTOR as many.
-UPDATES = {"bc": 6000, "td3_bc": 2000, "sac": 1500}
-CUDA_FACTOR = {"bc": 50, "td3_bc": 100, "sac": 8}
+UPDATES = {"bc": 6000, "td3_bc": 2000, "iql": 1500, "awac": 1000, "sac": 1500}
+CUDA_FACTOR = {"bc": 50, "td3_bc": 100, "iql": 100, "awac": 100, "sac": 8}
 ONLINE = ("sac",)  # in which a seed is a run
 
 

@@ -22,8 +22,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-NAMES = {"bc": "BC", "td3_bc": "TD3+BC", "sac": "SAC (online)"}
-COLORS = {"BC": "tab:gray", "10% BC": "tab:olive", "TD3+BC": "tab:blue"}
+NAMES = {"bc": "BC", "td3_bc": "TD3+BC", "iql": "IQL", "awac": "AWAC", "sac": "SAC (online)"}
+COLORS = {"BC": "tab:gray", "10% BC": "tab:olive", "TD3+BC": "tab:blue", "IQL": "tab:green", "AWAC": "tab:orange"}
 
 
 def read_cells():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms import bc, sac, td3_bc
+from algorithms import awac, bc, iql, sac, td3_bc
 from datasets import Batch
 
 B, O, A = 32, 5, 3
@@ -87,6 +87,105 @@ def test_td3_bc_lambda_has_no_gradient(batch):
     actor.zero_grad()
     (-lam * q.mean() + ((act - batch.act) ** 2).mean()).backward()
     torch.testing.assert_close(gradient, actor.net[0].weight.grad)
+
+
+def log_density(mean, log_std, act):
+    """Of a Gaussian: the logarithm of the product of each dimension's density."""
+    std = np.exp(log_std)
+    return np.log(np.prod(np.exp(-((act - mean) ** 2) / (2 * std**2)) / (std * np.sqrt(2 * np.pi)), -1))
+
+
+def test_iql_value(batch):
+    value, critic_target = iql.mlp(O, 256, 256, 1), iql.Critic(O, A)
+    obs, act, *_ = map(array, batch)
+    q = q_values(critic_target, obs, act).min(0)
+    u = q - forward(value, obs)[:, 0]
+    assert 0 < np.sum(u > 0) < B  # both sides of the expectile
+    expected = np.mean(np.where(u > 0, 0.9, 0.1) * u**2)
+    loss, min_q = iql.value_loss(iql.Args(expectile=0.9), batch, value, critic_target)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(array(min_q), q, rtol=1e-5, atol=1e-7)
+
+
+def test_iql_actor(batch):
+    actor, value = iql.Actor(O, A), iql.mlp(O, 256, 256, 1)
+    actor.log_std.data = torch.tensor([-0.5, 0.3, 2.5])
+    obs, act, *_ = map(array, batch)
+    min_q = torch.randn(B)
+    weight = np.exp(4.0 * (array(min_q) - forward(value, obs)[:, 0]))
+    assert 0 < np.sum(weight > 100) < B
+    log_prob = log_density(np.tanh(forward(actor.net, obs)), np.array([-0.5, 0.3, 2.0]), act)
+    expected = -np.mean(np.minimum(weight, 100) * log_prob)
+    loss = iql.actor_loss(iql.Args(beta=4.0, dropout=0.0), batch, min_q, actor, value)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_iql_critic(batch):
+    critic, value = iql.Critic(O, A), iql.mlp(O, 256, 256, 1)
+    obs, act, rew, next_obs, done = map(array, batch)
+    target = rew + GAMMA * (1 - done) * forward(value, next_obs)[:, 0]
+    expected = sum(np.mean((q - target) ** 2) for q in q_values(critic, obs, act))
+    assert iql.critic_loss(iql.Args(), batch, critic, value).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_iql_each_loss_trains_its_own(batch):
+    """What a loss is not meant to move gets no gradient from it."""
+    actor, critic, value, critic_target = iql.Actor(O, A), iql.Critic(O, A), iql.mlp(O, 256, 256, 1), iql.Critic(O, A)
+    args = iql.Args(expectile=0.7, beta=3.0, dropout=0.0)
+    loss, min_q = iql.value_loss(args, batch, value, critic_target)
+    losses = {value: loss, actor: iql.actor_loss(args, batch, min_q, actor, value)}
+    losses[critic] = iql.critic_loss(args, batch, critic, value)
+    nets = (actor, critic, value, critic_target)
+    for own, loss in losses.items():
+        for net in nets:
+            net.zero_grad()
+        loss.backward()
+        assert [net for net in nets if any(p.grad is not None for p in net.parameters())] == [own]
+
+
+def test_iql_dropout(batch):
+    """In training, with probability p on each hidden layer and rescaled; never in evaluation."""
+    actor = iql.Actor(O, A)
+    torch.manual_seed(3)
+    dropped = actor(batch.obs, 0.5)[0]
+    torch.manual_seed(3)
+    x = actor.net[0](batch.obs).relu()
+    x = x * torch.nn.functional.dropout(torch.ones_like(x), 0.5)
+    x = actor.net[2](x).relu()
+    x = x * torch.nn.functional.dropout(torch.ones_like(x), 0.5)
+    torch.testing.assert_close(dropped, actor.net[4](x).tanh())
+    expected = np.tanh(forward(actor.net, array(batch.obs)))
+    np.testing.assert_allclose(array(iql.policy(batch.obs, actor)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_awac_critic(batch, monkeypatch):
+    actor, critic, critic_target = awac.Actor(O, A), awac.Critic(O, A), awac.Critic(O, A)
+    actor.log_std.data = torch.tensor([-0.5, 0.3, 2.5])
+    noise = fixed_noise(monkeypatch)
+    obs, act, rew, next_obs, done = map(array, batch)
+    next_act = np.clip(forward(actor.net, next_obs) + np.exp([-0.5, 0.3, 2.0]) * noise, -1, 1)
+    target = rew + GAMMA * (1 - done) * q_values(critic_target, next_obs, next_act).min(0)
+    expected = sum(np.mean((q - target) ** 2) for q in q_values(critic, obs, act))
+    loss = awac.critic_loss(awac.Args(), batch, critic, critic_target, actor)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_awac_actor(batch, monkeypatch):
+    actor, critic = awac.Actor(O, A), awac.Critic(O, A)
+    critic.layers[-1].weight.data *= 100  # so that some weights reach their bound
+    actor.log_std.data = torch.tensor([-0.5, 0.3, -0.1])
+    noise = fixed_noise(monkeypatch)
+    obs, act, *_ = map(array, batch)
+    mean, log_std = forward(actor.net, obs), np.array([-0.5, 0.3, -0.1])
+    pi_act = np.clip(mean + np.exp(log_std) * noise, -1, 1)
+    adv = q_values(critic, obs, act).min(0) - q_values(critic, obs, pi_act).min(0)
+    weight = np.exp(adv / 0.5)
+    assert 0 < np.sum(weight > 100) < B
+    expected = -np.mean(np.minimum(weight, 100) * log_density(mean, log_std, act))
+    loss = awac.actor_loss(awac.Args(lam=0.5), batch, actor, critic)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert all(p.grad is None for p in critic.parameters()) and all(p.grad is not None for p in actor.parameters())
 
 
 def squashed(actor, obs, noise):

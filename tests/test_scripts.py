@@ -14,13 +14,13 @@ import pytest
 import torch
 from conftest import ROOT, fails, start
 
-from algorithms import bc, sac, td3_bc
+from algorithms import awac, bc, iql, sac, td3_bc
 from datasets import UserError
 from datasets.minari_io import export_minari
 from results import evaluate
 from results.run import Run, choose_device, load_checkpoint
 
-SCRIPTS = {"bc": bc, "td3_bc": td3_bc}  # those that learn from fixed data
+SCRIPTS = {"bc": bc, "td3_bc": td3_bc, "iql": iql, "awac": awac}  # those that learn from fixed data
 
 
 def arguments(script, small, **changes):
@@ -57,6 +57,23 @@ def trained(tmp_path, monkeypatch, name, *runs):
     return load_checkpoint(checkpoint_of(tmp_path / name))
 
 
+def stopped(train, step):
+    """`train`, stopped by Ctrl-C in the evaluation after that step."""
+    original = Run.report
+
+    def report(run, at, returns):
+        original(run, at, returns)
+        if at == step:
+            signal.raise_signal(signal.SIGINT)
+
+    def train_and_stop(args):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=f"Stopped after step {step} "):
+            patch.setattr(Run, "report", report)
+            train(args)
+
+    return train_and_stop
+
+
 @pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_resume_is_exact(name, seeds, small, tmp_path, monkeypatch):
@@ -64,12 +81,68 @@ def test_resume_is_exact(name, seeds, small, tmp_path, monkeypatch):
     script = SCRIPTS[name]
     args = arguments(script, small, steps=20, seeds=seeds)
     whole = trained(tmp_path, monkeypatch, "whole", (script.train, args))
-    first, second = dataclasses.replace(args, steps=10), dataclasses.replace(args, resume=True)
-    parts = trained(tmp_path, monkeypatch, "parts", (script.train, first), (script.train, second))
+    first, second = (stopped(script.train, 10), args), (script.train, dataclasses.replace(args, resume=True))
+    parts = trained(tmp_path, monkeypatch, "parts", first, second)
     for saved in (whole, parts):
         del saved["args"], saved["seconds"], saved["eval_seconds"]
     assert whole["step"] == 20 and [point["step"] for point in whole["curve"]] == [10, 20]
     assert_equal(whole, parts)
+
+
+def test_steps_may_grow(small, tmp_path, monkeypatch):
+    """A finished run goes on with more --steps, unless a schedule spans them."""
+    args = arguments(td3_bc, small, steps=20)
+    whole = trained(tmp_path, monkeypatch, "whole", (td3_bc.train, args))
+    first, second = dataclasses.replace(args, steps=10), dataclasses.replace(args, resume=True)
+    parts = trained(tmp_path, monkeypatch, "parts", (td3_bc.train, first), (td3_bc.train, second))
+    assert_equal(whole["state"], parts["state"])
+    iql.train(arguments(iql, small, steps=10))
+    with pytest.raises(UserError, match="Cannot resume .* with other arguments: steps was 10"):
+        iql.train(arguments(iql, small, steps=20, resume=True))
+
+
+def test_iql_schedule(small, monkeypatch):
+    """The actor's learning rate after k of 20 updates: lr (1 + cos(pi k / 20)) / 2."""
+    rates, watch = [], Run.watch
+
+    def watch_rate(run, losses):
+        rates.append(run.state["actor_opt"].param_groups[0]["lr"].item())
+        watch(run, losses)
+
+    monkeypatch.setattr(Run, "watch", watch_rate)
+    iql.train(arguments(iql, small, steps=20, lr=1e-3))
+    np.testing.assert_allclose(rates, 1e-3 * (1 + np.cos(np.pi * np.arange(1, 21) / 20)) / 2, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["halfcheetah-medium", "D4RL/antmaze/umaze-v1"])
+def test_tuned(name, small, tmp_path, monkeypatch, capsys):
+    """What is None comes from TUNED, by the task's family; what is given wins; the record has what was used.
+    The rewards too go by the task: locomotion's returns span 1000, AntMaze's rewards are lowered by 1."""
+    antmaze, loaded = "antmaze" in name, []
+    load = iql.load
+
+    def load_as(*words):
+        data = load(*words)
+        data.task = dataclasses.replace(data.task, name=name, rew_shift=-1.0 if antmaze else 0.0)
+        loaded.append((data, data.rew.clone()))
+        return data
+
+    monkeypatch.setattr(iql, "load", load_as)
+    iql.train(arguments(iql, small, steps=10))
+    folder = checkpoint_of(tmp_path).parent
+    record = json.loads((folder / "record-seed=0.json").read_text())
+    assert folder.name == "seed=0,eval_every=10,eval_episodes=1"
+    assert (record["args"]["expectile"], record["args"]["beta"]) == ((0.9, 10) if antmaze else (0.7, 3))
+    ((data, rew),) = loaded
+    if antmaze:
+        torch.testing.assert_close(data.rew, rew - 1)
+    else:
+        assert np.ptp(data.returns()) == pytest.approx(1000, rel=1e-4)
+    iql.train(arguments(iql, small, steps=10, beta=4.0, expectile=record["args"]["expectile"]))
+    record = json.loads(
+        (folder.with_name("seed=0,eval_every=10,eval_episodes=1,beta=4.0") / "record-seed=0.json").read_text()
+    )
+    assert record["args"]["beta"] == 4 and "beta 4.0" in capsys.readouterr().out
 
 
 def test_resume_is_exact_online(tmp_path, monkeypatch):
@@ -184,7 +257,7 @@ def test_evaluate_refuses(tmp_path):
         evaluate.evaluate(evaluate.Args(tmp_path / "y.pt", episodes=0))
 
 
-@pytest.mark.parametrize("name", ["td3_bc", "sac"])
+@pytest.mark.parametrize("name", ["td3_bc", "iql", "awac", "sac"])
 def test_targets_have_no_history(name, small, monkeypatch):
     """A Polyak step with gradients on would chain every update to the one before: right scores, memory without end."""
     nets = {}
@@ -192,7 +265,7 @@ def test_targets_have_no_history(name, small, monkeypatch):
     if name == "sac":
         sac.train(sac.Args(steps=40, start_steps=20, eval_every=40, eval_episodes=1))
     else:
-        td3_bc.train(arguments(td3_bc, small, steps=10))
+        SCRIPTS[name].train(arguments(SCRIPTS[name], small, steps=10))
     targets = [p for key, net in nets.items() if key.endswith("_target") for p in net.parameters()]
     assert targets and all(p.is_leaf and not p.requires_grad for p in targets)
 
@@ -322,6 +395,11 @@ def test_bad_arguments(words, message):
     assert message in fails("algorithms/bc.py", *words)
 
 
+def test_bad_expectile(small):
+    with pytest.raises(UserError, match=r"--expectile must lie in \(0, 1\), not 1.5"):
+        iql.train(arguments(iql, small, expectile=1.5))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_no_cuda():
     assert choose_device("auto").type == "cpu"
@@ -332,11 +410,11 @@ def test_no_cuda():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_cuda(name, small, tmp_path, monkeypatch):
-    """On CUDA: trains, resumes exactly, and its checkpoint acts on a CPU."""
+    """On CUDA: trains, resumes, and its checkpoint acts on a CPU."""
     script = SCRIPTS[name]
     args = arguments(script, small, steps=20, device="cuda")
-    first, second = dataclasses.replace(args, steps=10), dataclasses.replace(args, resume=True)
-    trained(tmp_path, monkeypatch, "cuda", (script.train, first), (script.train, second))
+    first, second = (stopped(script.train, 10), args), (script.train, dataclasses.replace(args, resume=True))
+    trained(tmp_path, monkeypatch, "cuda", first, second)
     returns, _ = evaluate.evaluate(evaluate.Args(checkpoint_of(tmp_path / "cuda"), episodes=1))
     assert np.isfinite(returns).all()
 
