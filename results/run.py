@@ -50,8 +50,8 @@ class Run:
     def __init__(self, script, args):
         self.args, self.algorithm = args, Path(script).stem
         for field in dataclasses.fields(args):
-            value, least = getattr(args, field.name), field.default and 1  # a default of 0 allows 0: --seed
-            if type(field.default) is int and value < least:
+            value, least = getattr(args, field.name), 0 if field.default == 0 else 1  # a default of 0 allows 0: --seed
+            if field.type in (int, int | None) and value is not None and value < least:
                 raise UserError(f"--{field.name.replace('_', '-')} must be at least {least}, not {value}.")
         self.device = choose_device(args.device)
         if self.device.type == "cuda":
@@ -63,6 +63,16 @@ class Run:
         self.resumable = True  # an online script clears it inside an episode: an environment cannot be checkpointed
         self.curve, self.seconds, self.eval_seconds = [], 0.0, 0.0
         self._interrupted = self._save_due = False
+        self._tuned = {}
+
+    def tuned(self, args, table, task):
+        """`args` with what the user left at None taken from a script's TUNED: from its entry for the task, else for the
+        task's first word (antmaze), else for "". The record holds these values; the run's name does not."""
+        values = table[""] | table.get(task.name.split("-")[0], {}) | table.get(task.name, {})
+        self._tuned = {name: value for name, value in values.items() if getattr(args, name) is None}
+        if self._tuned:
+            print(f"Tuned for {task.name}: " + ", ".join(f"{name} {value}" for name, value in self._tuned.items()))
+        return dataclasses.replace(args, **self._tuned)
 
     def steps(self, data, **state):
         """Yields the steps; saves when it is due, on Ctrl-C, and at the end, where the record is written as well."""
@@ -210,7 +220,7 @@ class Run:
             )
         saved = load_checkpoint(self.checkpoint, self.device)
         theirs = {**saved["args"], "fingerprint": saved["fingerprint"]}
-        ours = {**dataclasses.asdict(self.args), "fingerprint": self.data.fingerprint}
+        ours = {**dataclasses.asdict(self.args), **self._tuned, "fingerprint": self.data.fingerprint}
         differ = [f"{k} was {theirs.get(k)}" for k in ours if k not in FREE and ours[k] != theirs.get(k)]
         if differ:
             raise UserError(f"Cannot resume {_short(self.checkpoint)} with other arguments: {', '.join(differ)}.")
@@ -235,7 +245,7 @@ class Run:
         self.seconds, self._clock = self.seconds + now - self._clock, now
         checkpoint = {
             "algorithm": self.algorithm,
-            "args": dataclasses.asdict(self.args),
+            "args": dataclasses.asdict(self.args) | self._tuned,
             "task": dataclasses.asdict(self.data.task),
             "source": self.data.source,
             "fingerprint": self.data.fingerprint,
@@ -257,7 +267,7 @@ class Run:
 
     def _finish(self):
         """Writes one record for each seed."""
-        args, cuda = dataclasses.asdict(self.args), self.device.type == "cuda"
+        args, cuda = dataclasses.asdict(self.args) | self._tuned, self.device.type == "cuda"
         shared = {
             "args": {name: value for name, value in args.items() if name not in NOT_OF_THE_CELL},
             "commit": code_version(),
