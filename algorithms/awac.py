@@ -28,11 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import load
 from results.run import Run
 
-TUNED = {  # "" for all tasks, then by family: configs/offline/awac of github.com/corl-team/CORL
-    "": dict(lam=0.3333),
-    **dict.fromkeys(("maze2d", "antmaze", "pen", "door", "hammer", "relocate"), dict(lam=0.1)),
-}
-
 
 @dataclass
 class Args:
@@ -54,6 +49,12 @@ class Args:
     graph: bool = True  # replay each update as one CUDA graph, on a GPU
     lam: float | None = None  # temperature of the policy's weights (Eq. 13); None: as in TUNED
     max_weight: float = 100.0  # bound on the policy's weights
+
+
+TUNED = {  # "" for all tasks, then by family, then by task: configs/offline/awac of github.com/corl-team/CORL
+    "": dict(lam=0.3333),
+    **dict.fromkeys(("maze2d", "antmaze", "pen", "door", "hammer", "relocate"), dict(lam=0.1)),
+}
 
 
 def mlp(*sizes):

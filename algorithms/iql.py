@@ -28,12 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import UserError, load
 from results.run import Run
 
-TUNED = {  # "" for all tasks, then by family: configs/ of github.com/ikostrikov/implicit_q_learning
-    "": dict(expectile=0.7, beta=3.0, dropout=0.0),
-    "antmaze": dict(expectile=0.9, beta=10.0),
-    **dict.fromkeys(("kitchen", "pen", "door", "hammer", "relocate"), dict(beta=0.5, dropout=0.1)),
-}
-
 
 @dataclass
 class Args:
@@ -57,6 +51,13 @@ class Args:
     beta: float | None = None  # inverse temperature of the policy's weights (Eq. 7); None: as in TUNED
     dropout: float | None = None  # of the actor's hidden layers, in training; None: as in TUNED
     max_weight: float = 100.0  # bound on the policy's weights
+
+
+TUNED = {  # "" for all tasks, then by family, then by task: configs/ of github.com/ikostrikov/implicit_q_learning
+    "": dict(expectile=0.7, beta=3.0, dropout=0.0),
+    "antmaze": dict(expectile=0.9, beta=10.0),
+    **dict.fromkeys(("kitchen", "pen", "door", "hammer", "relocate"), dict(beta=0.5, dropout=0.1)),
+}
 
 
 def mlp(*sizes):

@@ -52,8 +52,8 @@ class Run:
         self.args, self.algorithm = args, Path(script).stem
         self.free, self.defaults = FREE - {"steps"} if schedule else FREE, {}
         for field in dataclasses.fields(args):
-            value, least = getattr(args, field.name), field.default and 1  # a default of 0 allows 0: --seed
-            if type(field.default) is int and value < least:
+            value, least = getattr(args, field.name), 0 if field.default == 0 else 1  # a default of 0 allows 0: --seed
+            if field.type in (int, int | None) and value is not None and value < least:
                 raise UserError(f"--{field.name.replace('_', '-')} must be at least {least}, not {value}.")
         self.device = choose_device(args.device)
         if self.device.type == "cuda":

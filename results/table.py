@@ -22,8 +22,28 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-NAMES = {"bc": "BC", "td3_bc": "TD3+BC", "iql": "IQL", "awac": "AWAC", "sac": "SAC (online)"}
-COLORS = {"BC": "tab:gray", "10% BC": "tab:olive", "TD3+BC": "tab:blue", "IQL": "tab:green", "AWAC": "tab:orange"}
+NAMES = {
+    "bc": "BC",
+    "td3_bc": "TD3+BC",
+    "iql": "IQL",
+    "awac": "AWAC",
+    "rebrac": "ReBRAC",
+    "offline_sac": "SAC (offline)",
+    "sac_n": "SAC-N",
+    "edac": "EDAC",
+    "sac": "SAC (online)",
+}
+COLORS = {
+    "BC": "tab:gray",
+    "10% BC": "tab:olive",
+    "TD3+BC": "tab:blue",
+    "IQL": "tab:green",
+    "AWAC": "tab:orange",
+    "ReBRAC": "tab:cyan",
+    "SAC (offline)": "tab:brown",
+    "SAC-N": "tab:pink",
+    "EDAC": "tab:purple",
+}
 
 
 def read_cells():

@@ -1,11 +1,13 @@
 """Each loss against its formula in the paper, worked out in NumPy (float64) from the same parameters."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from algorithms import awac, bc, iql, sac, td3_bc
-from datasets import Batch
+from algorithms import awac, bc, edac, iql, offline_sac, rebrac, sac, sac_n, td3_bc
+from datasets import Batch, SarsaBatch
 
 B, O, A = 32, 5, 3
 GAMMA = 0.99
@@ -31,13 +33,15 @@ def forward(net, x):
     return x
 
 
-def q_values(critic, obs, act):
-    """Both Q-functions, (2, B), one after another and layer by layer."""
+def q_values(critic, obs, act, norm=False):
+    """All Q-functions, (N, B), one after another and layer by layer."""
     values = []
-    for i in range(2):
+    for i in range(len(critic.layers[0].weight)):
         x = np.hstack([obs, act])
         for layer in critic.layers[:-1]:
             x = np.maximum(x @ array(layer.weight[i]) + array(layer.bias[i]), 0)
+            if norm:
+                x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
         values.append(x @ array(critic.layers[-1].weight[i]) + array(critic.layers[-1].bias[i]))
     return np.stack(values)[:, :, 0]
 
@@ -188,9 +192,9 @@ def test_awac_actor(batch, monkeypatch):
     assert all(p.grad is None for p in critic.parameters()) and all(p.grad is not None for p in actor.parameters())
 
 
-def squashed(actor, obs, noise):
+def squashed(actor, obs, noise, least=-20):
     mean, log_std = np.split(forward(actor.net, obs), 2, -1)
-    log_std = np.clip(log_std, -20, 2)
+    log_std = np.clip(log_std, least, 2)
     act = np.tanh(mean + np.exp(log_std) * noise)
     normal = -0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi)
     return act, np.sum(normal - np.log(1 - act**2), -1)  # the textbook form of the change of variables
@@ -226,3 +230,133 @@ def test_sac_log_prob_far_out():
     act, log_prob = actor(torch.zeros(1, O))
     assert torch.all(act == 1)
     assert torch.isfinite(log_prob).all()
+
+
+@pytest.fixture
+def sarsa(batch):
+    return SarsaBatch(*batch, torch.rand(B, A) * 2 - 1)
+
+
+def test_rebrac_critic(sarsa, monkeypatch):
+    critic, critic_target, actor_target = rebrac.Critic(O, A), rebrac.Critic(O, A), rebrac.Actor(O, A)
+    noise = np.clip(0.2 * 4 * fixed_noise(monkeypatch), -0.5, 0.5)
+    args = rebrac.Args(policy_noise=0.8, gamma=GAMMA, critic_weight=0.3)
+    obs, act, rew, next_obs, done, next_act = map(array, sarsa)
+    pi = np.clip(np.tanh(forward(actor_target.net, next_obs)) + noise, -1, 1)
+    next_q = q_values(critic_target, next_obs, pi, norm=True).min(0)
+    target = rew + GAMMA * (1 - done) * (next_q - 0.3 * np.sum((pi - next_act) ** 2, -1))
+    expected = sum(np.mean((q - target) ** 2) for q in q_values(critic, obs, act, norm=True))
+    loss = rebrac.critic_loss(args, sarsa, critic, critic_target, actor_target)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_rebrac_actor(sarsa):
+    actor, critic = rebrac.Actor(O, A), rebrac.Critic(O, A)
+    obs, act, *_ = map(array, sarsa)
+    pi = np.tanh(forward(actor.net, obs))
+    q = q_values(critic, obs, pi, norm=True).min(0)
+    lam = 1 / np.mean(np.abs(q))
+    expected = np.mean(0.3 * np.sum((pi - act) ** 2, -1) - lam * q)
+    loss = rebrac.actor_loss(rebrac.Args(actor_weight=0.3), sarsa, actor, critic)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()  # lam is a constant of the loss
+    gradient = actor.net[0].weight.grad.clone()
+    actor.zero_grad()
+    pi = actor(sarsa.obs)
+    (0.3 * ((pi - sarsa.act) ** 2).sum(-1) - lam * critic(sarsa.obs, pi).amin(0)).mean().backward()
+    torch.testing.assert_close(gradient, actor.net[0].weight.grad)
+
+
+ENSEMBLES = {offline_sac: (2, -20), sac_n: (7, -5), edac: (7, -5)}  # critics, the least log_std
+
+
+def ensemble(script):
+    N, least = ENSEMBLES[script]
+    words = () if script is offline_sac else (N,)
+    return script.Actor(O, A), script.Critic(O, A, *words), script.Critic(O, A, *words), least
+
+
+def sac_args(script):
+    more = dict(n_critics=7) if script is sac_n else dict(n_critics=7, eta=0.7) if script is edac else {}
+    return script.Args(**more)
+
+
+def diversity(critic, obs, act):
+    """The cosine of dQ_i/da and dQ_j/da, over all ordered pairs of critics, by the chain rule, layer by layer."""
+    slopes = []
+    for i in range(len(critic.layers[0].weight)):
+        x, slope = np.hstack([obs, act]), np.eye(O + A)[None].repeat(B, 0)  # (B, O + A, width): dx / d(obs, act)
+        for layer in critic.layers:
+            x, slope = x @ array(layer.weight[i]) + array(layer.bias[i]), slope @ array(layer.weight[i])
+            if layer is not critic.layers[-1]:
+                x, slope = np.maximum(x, 0), slope * (x > 0)[:, None]
+        slopes.append(slope[:, O:, 0])
+    unit = [slope / np.linalg.norm(slope, axis=-1, keepdims=True) for slope in slopes]
+    pairs = [(i, j) for i in range(len(unit)) for j in range(len(unit)) if i != j]
+    return np.mean(sum(np.sum(unit[i] * unit[j], -1) for i, j in pairs)) / (len(unit) - 1)
+
+
+@pytest.mark.parametrize("script", ENSEMBLES, ids=lambda script: script.__name__)
+def test_ensemble_critic(script, batch, monkeypatch):
+    actor, critic, critic_target, least = ensemble(script)
+    noise = fixed_noise(monkeypatch)
+    obs, act, rew, next_obs, done = map(array, batch)
+    next_act, log_prob = squashed(actor, next_obs, noise, least)
+    target = rew + GAMMA * (1 - done) * (q_values(critic_target, next_obs, next_act).min(0) - 0.3 * log_prob)
+    expected = sum(np.mean((q - target) ** 2) for q in q_values(critic, obs, act))
+    if script is edac:
+        expected += 0.7 * diversity(critic, obs, act)
+    loss = script.critic_loss(sac_args(script), batch, 0.3, actor, critic, critic_target)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("script", ENSEMBLES, ids=lambda script: script.__name__)
+def test_ensemble_actor_and_alpha(script, batch, monkeypatch):
+    actor, critic, _, least = ensemble(script)
+    torch.nn.init.constant_(actor.net[-1].bias[A:], -6.0)  # where the bounds of log_std differ
+    noise = fixed_noise(monkeypatch)
+    act, log_prob = squashed(actor, array(batch.obs), noise, least)
+    expected = np.mean(0.3 * log_prob - q_values(critic, array(batch.obs), act).min(0))
+    words = () if script is offline_sac else (sac_args(script),)
+    loss, returned = script.actor_loss(*words, batch, 0.3, actor, critic)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    log_alpha = torch.tensor([np.log(0.3), np.log(2.0)])  # of two agents
+    expected = [-np.log(0.3) * np.mean(log_prob - A), -np.log(2.0) * np.mean(2 * log_prob - A)]
+    losses = script.alpha_loss(log_alpha, torch.stack([returned, 2 * returned]), -A)
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+    assert script.alpha_loss(log_alpha[:1], returned, -A).tolist() == pytest.approx(expected[:1], rel=1e-5)
+    torch.testing.assert_close(script.policy(batch.obs, actor), actor.net(batch.obs)[:, :A].tanh())
+
+
+def test_edac_diversity_reaches_the_weights(batch, monkeypatch):
+    """The gradient of the critics' loss, most of which is the diversity's, against finite differences."""
+    actor, critic, critic_target, _ = (
+        net.double() if isinstance(net, torch.nn.Module) else net for net in ensemble(edac)
+    )
+    batch, noise = Batch(*(column.double() for column in batch)), torch.randn(B, A).double()
+    monkeypatch.setattr(torch, "randn_like", lambda x: noise)
+    weight, args = critic.layers[0].weight, edac.Args(n_critics=7, eta=100.0)
+
+    def loss(eta=100.0):
+        return edac.critic_loss(dataclasses.replace(args, eta=eta), batch, 0.3, actor, critic, critic_target)
+
+    value = array(loss()) - array(loss(0.0))
+    assert value == pytest.approx(100 * diversity(critic, array(batch.obs), array(batch.act)), rel=1e-9)
+    loss().backward()
+    for place in [(0, O, 3), (6, O + 2, 200), (3, 0, 7)]:
+        values = []
+        for change in (1e-6, -2e-6, 1e-6):
+            with torch.no_grad():
+                weight[place] += change
+            values.append(loss().item())
+        assert weight.grad[place].item() == pytest.approx((values[0] - values[1]) / 2e-6, rel=1e-4, abs=1e-7)
+
+
+def test_edac_diversity_at_its_edges():
+    """One critic has nobody to differ from; where a slope is 0 its cosine counts as 0, and leaves no NaN."""
+    assert edac.diversity_loss(torch.randn(1, B, A)).item() == pytest.approx(0, abs=1e-6)
+    assert edac.diversity_loss(torch.ones(7, B, A)).item() == pytest.approx(7, rel=1e-5)  # all alike
+    slope = torch.zeros(7, B, A, requires_grad=True)
+    loss = edac.diversity_loss(slope)
+    loss.backward()
+    assert loss.item() == 0 and torch.isfinite(slope.grad).all()

@@ -14,17 +14,28 @@ import pytest
 import torch
 from conftest import ROOT, fails, start
 
-from algorithms import awac, bc, iql, sac, td3_bc
-from datasets import UserError
+from algorithms import awac, bc, edac, iql, offline_sac, rebrac, sac, sac_n, td3_bc
+from datasets import TASKS, UserError
 from datasets.minari_io import export_minari
 from results import evaluate
 from results.run import Run, choose_device, load_checkpoint
 
-SCRIPTS = {"bc": bc, "td3_bc": td3_bc, "iql": iql, "awac": awac}  # those that learn from fixed data
+SCRIPTS = {  # those that learn from fixed data
+    "bc": bc,
+    "td3_bc": td3_bc,
+    "iql": iql,
+    "awac": awac,
+    "rebrac": rebrac,
+    "offline_sac": offline_sac,
+    "sac_n": sac_n,
+    "edac": edac,
+}
 
 
 def arguments(script, small, **changes):
-    return dataclasses.replace(script.Args(), **{"env": str(small), "eval_every": 10, "eval_episodes": 1, **changes})
+    few = {"n_critics": 4} if hasattr(script.Args, "n_critics") else {}
+    common = {"env": str(small), "eval_every": 10, "eval_episodes": 1}
+    return dataclasses.replace(script.Args(), **{**common, **few, **changes})
 
 
 def checkpoint_of(tmp_path):
@@ -79,7 +90,7 @@ def stopped(train, step):
 def test_resume_is_exact(name, seeds, small, tmp_path, monkeypatch):
     """20 steps = 10 steps + resume + 10 steps: parameters, optimisers, random state, curve."""
     script = SCRIPTS[name]
-    args = arguments(script, small, steps=20, seeds=seeds)
+    args = arguments(script, small, steps=20, seeds=seeds, batch_size=32)
     whole = trained(tmp_path, monkeypatch, "whole", (script.train, args))
     first, second = (stopped(script.train, 10), args), (script.train, dataclasses.replace(args, resume=True))
     parts = trained(tmp_path, monkeypatch, "parts", first, second)
@@ -257,7 +268,54 @@ def test_evaluate_refuses(tmp_path):
         evaluate.evaluate(evaluate.Args(tmp_path / "y.pt", episodes=0))
 
 
-@pytest.mark.parametrize("name", ["td3_bc", "iql", "awac", "sac"])
+def test_tuned_by_task(small, tmp_path, monkeypatch, capsys):
+    """A task's own entry of TUNED wins over its family's, and what it says now must be what a resumed run was given."""
+    monkeypatch.setitem(edac.TUNED, "halfcheetah", dict(eta=5.0))
+    monkeypatch.setitem(edac.TUNED, "halfcheetah-medium", dict(eta=2.0))
+    args = arguments(edac, small, steps=10, batch_size=8, n_critics=3)
+    edac.train(args)
+    assert "halfcheetah-medium: n_critics 3, eta 2.0\n" in capsys.readouterr().out
+    folder = checkpoint_of(tmp_path).parent
+    assert folder.name == "seed=0,batch_size=8,eval_every=10,eval_episodes=1,n_critics=3"
+    tuned = json.loads((folder / "record-seed=0.json").read_text())["args"]
+    assert (tuned["eta"], tuned["n_critics"], tuned["lr"]) == (2.0, 3, 3e-4)
+    edac.train(dataclasses.replace(args, steps=20, resume=True))
+    monkeypatch.setitem(edac.TUNED, "halfcheetah-medium", dict(eta=3.0))
+    with pytest.raises(UserError, match=r"with other arguments: eta was 2\.0"):
+        edac.train(dataclasses.replace(args, steps=30, resume=True))
+    with pytest.raises(UserError, match="--n-critics must be at least 1"):
+        edac.train(dataclasses.replace(args, n_critics=0))
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if hasattr(SCRIPTS[name], "TUNED")])
+def test_tuned_tasks_exist(name):
+    """Each entry of TUNED is a task, a family of tasks or "", and names arguments that are open by default."""
+    script = SCRIPTS[name]
+    known = {"", *TASKS, *(task.family for task in TASKS.values())}
+    assert known >= script.TUNED.keys()
+    names = set(script.TUNED[""])
+    for values in script.TUNED.values():
+        assert set(values) <= names
+    assert all(getattr(script.Args(), field) is None for field in names)
+
+
+def test_antmaze_rewards(small, monkeypatch):
+    """ReBRAC learns AntMaze's rewards times 100."""
+    load, seen = rebrac.load, []
+
+    def load_as_antmaze(*words):
+        data = load(*words)
+        data.task = dataclasses.replace(data.task, name="antmaze-umaze")
+        data.rew[:] = 1
+        return data
+
+    monkeypatch.setattr(rebrac, "load", load_as_antmaze)
+    monkeypatch.setattr(Run, "steps", lambda run, data, **state: seen.extend(data.rew.unique().tolist()) or [])
+    rebrac.train(arguments(rebrac, small))
+    assert seen == [100]
+
+
+@pytest.mark.parametrize("name", ["td3_bc", "iql", "awac", "rebrac", "edac", "sac"])
 def test_targets_have_no_history(name, small, monkeypatch):
     """A Polyak step with gradients on would chain every update to the one before: right scores, memory without end."""
     nets = {}
@@ -265,7 +323,7 @@ def test_targets_have_no_history(name, small, monkeypatch):
     if name == "sac":
         sac.train(sac.Args(steps=40, start_steps=20, eval_every=40, eval_episodes=1))
     else:
-        SCRIPTS[name].train(arguments(SCRIPTS[name], small, steps=10))
+        SCRIPTS[name].train(arguments(SCRIPTS[name], small, steps=10, batch_size=8))
     targets = [p for key, net in nets.items() if key.endswith("_target") for p in net.parameters()]
     assert targets and all(p.is_leaf and not p.requires_grad for p in targets)
 
