@@ -45,10 +45,15 @@ class Run:
                 run.report(step, returns)
 
     The keyword arguments of `steps` are what a checkpoint holds: anything with a state_dict, or a tensor.
+    `tuned` holds a paper's defaults for single tasks, {first word of the task: {argument: value}}, those of "" for all
+    others: `run.args` has them where `args` has None.
     """
 
-    def __init__(self, script, args):
-        self.args, self.algorithm = args, Path(script).stem
+    def __init__(self, script, args, tuned=None):
+        tuned = tuned or {}
+        self.tuned = {**tuned.get("", {}), **tuned.get(args.env.split("-")[0].lower(), {})}
+        absent = {name: value for name, value in self.tuned.items() if getattr(args, name) is None}
+        self.args, self.algorithm = dataclasses.replace(args, **absent), Path(script).stem
         for field in dataclasses.fields(args):
             value, least = getattr(args, field.name), field.default and 1  # a default of 0 allows 0: --seed
             if type(field.default) is int and value < least:
@@ -187,7 +192,8 @@ class Run:
     def _changed(self):
         """`,name=value` of each argument that makes another cell of the table and is not at its default."""
         fields = [field for field in dataclasses.fields(self.args) if field.name not in NOT_OF_THE_CELL]
-        values = [(field.name, getattr(self.args, field.name), field.default) for field in fields]
+        defaults = {field.name: self.tuned.get(field.name, field.default) for field in fields}
+        values = [(name, getattr(self.args, name), default) for name, default in defaults.items()]
         return "".join(f",{name}={value}" for name, value, default in values if value != default)
 
     def _start_afresh(self):
