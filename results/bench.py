@@ -29,8 +29,8 @@ from results.run import choose_device, code_version, load_checkpoint
 
 FILE = ROOT / "results" / "bench.json"
 # Updates of one agent on a CPU, about ten seconds; S agents take a share of them. CUDA runs CUDA_FACTOR as many.
-UPDATES = {"bc": 6000, "td3_bc": 2000, "sac": 1500}
-CUDA_FACTOR = {"bc": 50, "td3_bc": 100, "sac": 8}
+UPDATES = {"bc": 6000, "td3_bc": 2000, "cql": 200, "sac": 1500}
+CUDA_FACTOR = {"bc": 50, "td3_bc": 100, "cql": 200, "sac": 8}
 ONLINE = ("sac",)  # in which a seed is a run
 
 
@@ -104,7 +104,13 @@ def graph_difference(script):
     with tempfile.TemporaryDirectory() as runs:
         ends = [train(script, runs, *words, *more)[1]["state"] for more in ((), ("--no-graph",))]
     nets = [net for net in ends[0] if not net.endswith("_opt")]
-    return max((ends[0][net][key] - ends[1][net][key]).abs().max().item() for net in nets for key in ends[0][net])
+    plain, graph = ([x for net in nets for x in parameters(end[net])] for end in ends)
+    return max((x - y).abs().max().item() for x, y in zip(plain, graph))
+
+
+def parameters(state):
+    """The tensors of a network's state, or the one that stands there itself."""
+    return [state] if isinstance(state, torch.Tensor) else state.values()
 
 
 def bench(args):

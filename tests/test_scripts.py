@@ -14,17 +14,20 @@ import pytest
 import torch
 from conftest import ROOT, fails, start
 
-from algorithms import bc, sac, td3_bc
+from algorithms import bc, cql, sac, td3_bc
 from datasets import UserError
 from datasets.minari_io import export_minari
 from results import evaluate
 from results.run import Run, choose_device, load_checkpoint
 
-SCRIPTS = {"bc": bc, "td3_bc": td3_bc}  # those that learn from fixed data
+SCRIPTS = {"bc": bc, "td3_bc": td3_bc, "cql": cql}  # those that learn from fixed data
+# Arguments that spare time and use more of the code.
+QUICK = {cql: {"n_actions": 2, "critic_layers": 1, "threshold": 5.0, "bc_steps": 5}}
 
 
 def arguments(script, small, **changes):
-    return dataclasses.replace(script.Args(), **{"env": str(small), "eval_every": 10, "eval_episodes": 1, **changes})
+    quick = {"env": str(small), "eval_every": 10, "eval_episodes": 1, **QUICK.get(script, {})}
+    return dataclasses.replace(script.Args(), **quick | changes)
 
 
 def checkpoint_of(tmp_path):
@@ -184,7 +187,7 @@ def test_evaluate_refuses(tmp_path):
         evaluate.evaluate(evaluate.Args(tmp_path / "y.pt", episodes=0))
 
 
-@pytest.mark.parametrize("name", ["td3_bc", "sac"])
+@pytest.mark.parametrize("name", ["td3_bc", "cql", "sac"])
 def test_targets_have_no_history(name, small, monkeypatch):
     """A Polyak step with gradients on would chain every update to the one before: right scores, memory without end."""
     nets = {}
@@ -192,9 +195,32 @@ def test_targets_have_no_history(name, small, monkeypatch):
     if name == "sac":
         sac.train(sac.Args(steps=40, start_steps=20, eval_every=40, eval_episodes=1))
     else:
-        td3_bc.train(arguments(td3_bc, small, steps=10))
+        SCRIPTS[name].train(arguments(SCRIPTS[name], small, steps=10))
     targets = [p for key, net in nets.items() if key.endswith("_target") for p in net.parameters()]
     assert targets and all(p.is_leaf and not p.requires_grad for p in targets)
+
+
+def test_cql_variants(small, tmp_path):
+    """CQL(rho) and the target's options train; an alpha that is not learned stays where it is."""
+    changes = dict(variant="rho", max_target=True, backup_entropy=True, threshold=None, normalize=False, rew_scale=2.0)
+    cql.train(arguments(cql, small, steps=10, **changes))
+    saved = load_checkpoint(checkpoint_of(tmp_path))
+    assert saved["state"]["log_alpha"].item() == pytest.approx(np.log(10))
+    assert saved["args"]["threshold"] == -1 and saved["obs_std"].eq(1).all()
+    assert "rew_scale=2.0" in checkpoint_of(tmp_path).parent.name
+
+
+def test_tuned(small, monkeypatch):
+    """None stands for TUNED's value for the task; what is given wins, and only that is in the folder's name."""
+    for env, words, name in (
+        ("antmaze-umaze", {"n_actions": 5, "alpha": 1.0}, ",n_actions=5,alpha=1.0"),
+        ("pen-human", {"alpha": 1.0}, ""),
+        (str(small), {"alpha": 10.0, "threshold": 3.0}, ",threshold=3.0"),
+    ):
+        run = Run("algorithms/cql.py", cql.Args(env, device="cpu", **words), cql.TUNED)
+        assert run._changed() == name and None not in dataclasses.asdict(run.args).values()
+        assert all(getattr(run.args, key) == value for key, value in words.items())
+    assert Run("cql.py", cql.Args("AntMaze-large-play-v2", device="cpu"), cql.TUNED).args.critic_layers == 5
 
 
 def test_top_fraction(small):
