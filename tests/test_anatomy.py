@@ -15,6 +15,7 @@ BUDGETS = {  # lines
     "td3_bc": 190,
     "iql": 225,
     "awac": 200,
+    "cql": 260,
     "rebrac": 225,  # 25 of them are TUNED
     "offline_sac": 195,
     "sac_n": 220,
@@ -101,6 +102,9 @@ def test_same_text():
         assert len({pieces(script)[name] for script in scripts}) == 1, name
     ends = [pieces(name)["Actor"].split("log_std.clamp(")[1].split("\n", 1)[1] for name in ("sac", *squashed)]
     assert len(set(ends)) == 1
+    density = "# log N(u) - log |d tanh(u) / du|"
+    lines = [SOURCES[name].split(density)[1].splitlines()[:2] for name in ("sac", "cql")]
+    assert len({"\n".join(line.strip() for line in two) for two in lines}) == 1
     tuned = [SOURCES[name].split("\nTUNED = {")[1] for name in TUNED]
     assert all(text.startswith('  # "" for all tasks, then by family, then by task: ') for text in tuned)
     for name in ("EnsembleLinear", "Critic"):  # TD3+BC's can compute the first Q-function alone, and say so

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms import awac, bc, edac, iql, offline_sac, rebrac, sac, sac_n, td3_bc
+from algorithms import awac, bc, cql, edac, iql, offline_sac, rebrac, sac, sac_n, td3_bc
 from datasets import Batch, SarsaBatch
 
 B, O, A = 32, 5, 3
@@ -360,3 +360,138 @@ def test_edac_diversity_at_its_edges():
     loss = edac.diversity_loss(slope)
     loss.backward()
     assert loss.item() == 0 and torch.isfinite(slope.grad).all()
+
+
+def all_noise(monkeypatch):
+    """What randn_like and rand_like return from now on, as they are asked for it."""
+    noises, generator = [], torch.Generator().manual_seed(2)
+
+    def draw(like, drawn):
+        noises.append(array(drawn(like.shape, generator=generator, dtype=like.dtype)))
+        return torch.from_numpy(noises[-1]).to(like.dtype)
+
+    monkeypatch.setattr(torch, "randn_like", lambda x: draw(x, torch.randn))
+    monkeypatch.setattr(torch, "rand_like", lambda x: draw(x, torch.rand))
+    return noises
+
+
+def cql_args(**changes):
+    return cql.Args(**{**cql.TUNED[""], "n_actions": 4, **changes})
+
+
+def cql_q(critic, obs, act):
+    """Both Q-functions at act (K, B, A), one state and action after another, (2, K, B)."""
+    rows = [[forward(net, np.hstack([obs, a]))[:, 0] for a in act] for net in critic.nets]
+    return np.array(rows)
+
+
+def samples(actor, obs, noise):
+    """Actions (K, B, A) and log densities (K, B) of a policy, for noise (K, B, A)."""
+    act, log_prob = zip(*(squashed(actor, obs, own) for own in noise))
+    return np.array(act), np.array(log_prob)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gap_min": 4.5, "gamma": 0.9},
+        {"max_target": True, "backup_entropy": True},
+        {"variant": "rho"},
+        {"variant": "rho", "backup_entropy": True},
+    ],
+    ids=str,
+)
+def test_cql_critic(changes, batch, monkeypatch):
+    args = cql_args(**changes)
+    n, alpha, temperature = args.n_actions, 3.0, 0.3
+    actor, critic, critic_target = cql.Actor(O, A), cql.Critic(O, A, 3), cql.Critic(O, A, 3)
+    noises = all_noise(monkeypatch)
+    numbers = (torch.tensor(x).log() for x in (temperature, alpha))
+    loss, gap = cql.critic_loss(args, batch, *numbers, actor, critic, critic_target)
+    obs, act, rew, next_obs, done = map(array, batch)
+    pi_act, pi_log_prob = samples(actor, obs, noises[0][:, :B])
+    next_act, next_log_prob = samples(actor, next_obs, noises[0][:, B:])
+    target = np.zeros(B)
+    for b in range(B):
+        values = []
+        for k in range(n if args.max_target else 1):
+            q1, q2 = cql_q(critic_target, next_obs[b : b + 1], next_act[k : k + 1, b : b + 1])[:, 0, 0]
+            values.append((min(q1, q2), next_log_prob[k, b]))
+        best, log_prob = max(values)
+        target[b] = rew[b] + args.gamma * (1 - done[b]) * (best - args.backup_entropy * temperature * log_prob)
+    expected, gaps = 0, []
+    for q, all_q in zip(cql_q(critic, obs, act[None])[:, 0], zip(*(cql_q(critic, obs, a) for a in (pi_act, next_act)))):
+        pi_q, next_q = np.exp(all_q)
+        if args.variant == "h":
+            uniform = 2 * noises[1] - 1
+            uniform_q = np.exp(cql_q(critic, obs, uniform)[len(gaps)])
+            total = np.sum(uniform_q / 0.5**A, 0) + np.sum(pi_q / np.exp(pi_log_prob), 0)
+            soft = np.log(total + np.sum(next_q / np.exp(next_log_prob), 0))  # (B,)
+        else:
+            soft = np.sum(pi_q * np.log(pi_q), 0) / np.sum(pi_q, 0)
+        gaps.append(np.mean(np.maximum(soft - q, args.gap_min)))
+        expected += alpha * gaps[-1] + np.mean((q - target) ** 2)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert gap.item() == pytest.approx(np.mean(gaps), rel=1e-5, abs=1e-6)
+
+
+def test_cql_actor_and_numbers(batch, monkeypatch):
+    actor, critic = cql.Actor(O, A), cql.Critic(O, A, 3)
+    noises = all_noise(monkeypatch)
+    obs, act, *_ = map(array, batch)
+    log_temperature = torch.tensor(0.3).log()
+    loss, returned = cql.actor_loss(batch, log_temperature, actor, critic)
+    pi_act, log_prob = samples(actor, obs, noises[0])
+    assert loss.item() == pytest.approx(np.mean(0.3 * log_prob - cql_q(critic, obs, pi_act).min(0)), rel=1e-5)
+    expected = -np.log(0.3) * np.mean(log_prob - A)
+    assert cql.temperature_loss(log_temperature, returned, -A).item() == pytest.approx(expected, rel=1e-5)
+
+    loss, returned = cql.cloning_loss(batch, log_temperature, actor)
+    _, log_prob = samples(actor, obs, noises[1])
+    mean, log_std = np.split(forward(actor.net, obs), 2, -1)
+    z = (np.arctanh(act) - mean) / np.exp(log_std)
+    data_log_prob = np.sum(-0.5 * z**2 - log_std - 0.5 * np.log(2 * np.pi) - np.log(1 - act**2), -1)
+    assert loss.item() == pytest.approx(np.mean(0.3 * log_prob[0] - data_log_prob), rel=1e-5)
+    assert returned.item() == pytest.approx(np.mean(log_prob), rel=1e-5)
+
+    log_alpha, gap = torch.tensor(2.0).log(), torch.tensor(4.0)
+    assert cql.alpha_loss(cql_args(threshold=1.0), log_alpha, gap).item() == pytest.approx(-2 * (4 - 1))
+
+
+def test_cql_samples_give_the_integral():
+    """The importance-sampled logsumexp, less log K, tends to log of the integral of exp Q over the whole action box."""
+    n, args = 100_000, cql_args()
+    peak = np.array([0.3, -0.6])
+
+    def q(act):
+        return 2.0 - 3.0 * ((act - peak) ** 2).sum(-1)
+
+    grid = (np.arange(2000) + 0.5) / 1000 - 1
+    integral = np.prod([np.mean(np.exp(-3.0 * (grid - x) ** 2)) * 2 for x in peak]) * np.exp(2.0)
+    torch.manual_seed(0)
+    actor = cql.Actor(O, 2)
+    with torch.no_grad():
+        act, log_prob = cql.sample(torch.randn(2, O), actor, n)  # as if of the policy at obs, and at next_obs
+    uniform = torch.rand(n, 2) * 2 - 1
+    all_act = torch.cat([uniform, act[:, 0], act[:, 1]])
+    all_log_prob = torch.cat([torch.full((n,), 2 * np.log(0.5)), log_prob[:, 0], log_prob[:, 1]])
+    all_q = torch.from_numpy(q(array(all_act))).expand(2, -1)[..., None]
+    soft = cql.soft_maximum(args, all_q, all_log_prob[:, None])
+    assert soft.shape == (2, 1)
+    np.testing.assert_allclose(soft - np.log(3 * n), np.log(integral), atol=0.02)
+
+
+def test_cql_rho_has_the_gradient_of_its_maximum():
+    """w maximizes E_w Q - KL(w, rho), whose maximum is log E_rho exp Q: the same gradient, another value."""
+    q = torch.randn(2, 6, 3, requires_grad=True)
+    cql.soft_maximum(cql_args(variant="rho"), q, torch.zeros(6, 3)).sum().backward()
+    gradient, q.grad = q.grad, None
+    q.exp().mean(1).log().sum().backward()
+    torch.testing.assert_close(gradient, q.grad)
+
+
+def test_cql_reduces_over_the_actions():
+    for q in (torch.zeros(2, 5, 7), torch.zeros(7, 2, 5), torch.zeros(1, 7, 5)):
+        with pytest.raises(AssertionError):
+            cql.soft_maximum(cql_args(), q, torch.zeros(7, 5))

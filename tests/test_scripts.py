@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import ROOT, fails, start
 
-from algorithms import awac, bc, edac, iql, offline_sac, rebrac, sac, sac_n, td3_bc
-from datasets import TASKS, UserError
+from algorithms import awac, bc, cql, edac, iql, offline_sac, rebrac, sac, sac_n, td3_bc
+from datasets import TASKS, UserError, find_task
 from datasets.minari_io import export_minari
 from results import evaluate
 from results.run import Run, choose_device, load_checkpoint
@@ -25,17 +25,22 @@ SCRIPTS = {  # those that learn from fixed data
     "td3_bc": td3_bc,
     "iql": iql,
     "awac": awac,
+    "cql": cql,
     "rebrac": rebrac,
     "offline_sac": offline_sac,
     "sac_n": sac_n,
     "edac": edac,
 }
+QUICK = {  # arguments that spare time, and use more of the code
+    cql: {"n_actions": 2, "critic_layers": 1, "threshold": 5.0, "bc_steps": 5},
+    sac_n: {"n_critics": 4},
+    edac: {"n_critics": 4},
+}
 
 
 def arguments(script, small, **changes):
-    few = {"n_critics": 4} if hasattr(script.Args, "n_critics") else {}
-    common = {"env": str(small), "eval_every": 10, "eval_episodes": 1}
-    return dataclasses.replace(script.Args(), **{**common, **few, **changes})
+    quick = {"env": str(small), "eval_every": 10, "eval_episodes": 1, **QUICK.get(script, {})}
+    return dataclasses.replace(script.Args(), **quick | changes)
 
 
 def checkpoint_of(tmp_path):
@@ -287,6 +292,19 @@ def test_tuned_by_task(small, tmp_path, monkeypatch, capsys):
         edac.train(dataclasses.replace(args, n_critics=0))
 
 
+def test_tuned_names():
+    """Of tuned values, only what is given and differs from the task's is in the folder's name."""
+    for env, words, name in (
+        ("antmaze-umaze", {"n_actions": 5, "alpha": 1.0}, ",n_actions=5,alpha=1.0"),
+        ("pen-human", {"alpha": 1.0}, ""),
+        ("halfcheetah-medium", {"alpha": 10.0, "threshold": 3.0}, ",threshold=3.0"),
+    ):
+        run = Run("algorithms/cql.py", cql.Args(env, device="cpu", **words))
+        args = run.tuned(find_task(env), cql.TUNED)
+        assert run._changed() == name and None not in dataclasses.asdict(args).values()
+        assert all(getattr(args, key) == value for key, value in words.items())
+
+
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if hasattr(SCRIPTS[name], "TUNED")])
 def test_tuned_tasks_exist(name):
     """Each entry of TUNED is a task, a family of tasks or "", and names arguments that are open by default."""
@@ -315,7 +333,7 @@ def test_antmaze_rewards(small, monkeypatch):
     assert seen == [100]
 
 
-@pytest.mark.parametrize("name", ["td3_bc", "iql", "awac", "rebrac", "edac", "sac"])
+@pytest.mark.parametrize("name", ["td3_bc", "iql", "awac", "cql", "rebrac", "edac", "sac"])
 def test_targets_have_no_history(name, small, monkeypatch):
     """A Polyak step with gradients on would chain every update to the one before: right scores, memory without end."""
     nets = {}
@@ -326,6 +344,16 @@ def test_targets_have_no_history(name, small, monkeypatch):
         SCRIPTS[name].train(arguments(SCRIPTS[name], small, steps=10, batch_size=8))
     targets = [p for key, net in nets.items() if key.endswith("_target") for p in net.parameters()]
     assert targets and all(p.is_leaf and not p.requires_grad for p in targets)
+
+
+def test_cql_variants(small, tmp_path):
+    """CQL(rho) and the target's options train; an alpha that is not learned stays where it is."""
+    changes = dict(variant="rho", max_target=True, backup_entropy=True, threshold=None, normalize=False, rew_scale=2.0)
+    cql.train(arguments(cql, small, steps=10, **changes))
+    saved = load_checkpoint(checkpoint_of(tmp_path))
+    assert saved["state"]["log_alpha"].item() == pytest.approx(np.log(10))
+    assert saved["args"]["threshold"] == -1 and saved["obs_std"].eq(1).all()
+    assert "rew_scale=2.0" in checkpoint_of(tmp_path).parent.name
 
 
 def test_top_fraction(small):
