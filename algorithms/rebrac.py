@@ -177,8 +177,8 @@ def lift(seeds, function, *nets):
 def train(args):
     run = Run(__file__, args)
     data = load(args.env, args.source, run.device, args.eval_env)
-    data.add_next_act()  # drops the row where an episode was cut, which has none, as the authors do
     args = run.tuned(data.task, TUNED)
+    data.add_next_act()  # drops the row where an episode was cut, which has none, as the authors do
     if data.task.family == "antmaze":
         data.rew *= 100  # and not - 1, as in other papers
 
