@@ -158,5 +158,16 @@ def test_readme_is_true():
     for link in re.findall(r"\]\(([^)#]+)\)", readme):
         assert (ROOT / link).exists(), link
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True).stdout
-    for target in ("install", "quickstart", "test", "lint", "results", "bench", "bench-peers", "policies", "clean"):
+    for target in (
+        "install",
+        "quickstart",
+        "test",
+        "lint",
+        "datasets",
+        "results",
+        "bench",
+        "bench-peers",
+        "policies",
+        "clean",
+    ):
         assert re.search(rf"^{target}\s", shown, re.MULTILINE), target
