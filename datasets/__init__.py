@@ -9,10 +9,10 @@ farama_notifications.notifications.pop("gymnasium_robotics", None)
 
 from datasets import mazes
 from datasets.catalog import BODIES, TASKS, Task, UserError, find_task
-from datasets.dataset import Batch, Dataset
+from datasets.dataset import Batch, Dataset, SarsaBatch
 from datasets.sources import load, write_whole
 
-__all__ = ["BODIES", "TASKS", "Batch", "Dataset", "Task", "UserError", "find_task", "load", "write_whole"]
+__all__ = ["BODIES", "TASKS", "Batch", "Dataset", "SarsaBatch", "Task", "UserError", "find_task", "load", "write_whole"]
 
 TASKS.update(mazes.TASKS)
 

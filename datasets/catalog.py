@@ -79,6 +79,11 @@ class Task:
             return gymnasium.make(self.env_id, max_episode_steps=limit, disable_env_checker=True, **self.env_args)
 
     @property
+    def family(self):
+        """The name's first word: halfcheetah of halfcheetah-medium, and of mujoco/halfcheetah/medium-v0."""
+        return self.name.split("/")[-2:][0].split("-")[0].lower()
+
+    @property
     def score_name(self):
         return "normalized score" if self.ref_min is not None else "return"
 

@@ -29,6 +29,17 @@ class Batch(NamedTuple):
     done: torch.Tensor  # (B,), 1 where the episode terminated; a time-out is not a termination
 
 
+class SarsaBatch(NamedTuple):
+    """A Batch and what the data did next."""
+
+    obs: torch.Tensor
+    act: torch.Tensor
+    rew: torch.Tensor
+    next_obs: torch.Tensor
+    done: torch.Tensor
+    next_act: torch.Tensor  # (B, A), the action of next_obs; 0 after a termination
+
+
 class Dataset:
     """N transitions, each one row of a single table, so that a batch costs one gather.
 
@@ -72,10 +83,11 @@ class Dataset:
         return self.size
 
     def split(self, rows):
-        """The columns of a block of rows, as views."""
+        """The columns of a block of rows, as views: a Batch, after `add_next_act` a SarsaBatch."""
         O, A = self.obs_dim, self.act_dim
-        obs, act, rew, next_obs, done = rows.split((O, A, 1, O, 1), dim=-1)
-        return Batch(obs, act, rew.squeeze(-1), next_obs, done.squeeze(-1))
+        more = [A] if rows.shape[-1] > 2 * O + A + 2 else []
+        obs, act, rew, next_obs, done, *more = rows.split([O, A, 1, O, 1, *more], dim=-1)
+        return (SarsaBatch if more else Batch)(obs, act, rew.squeeze(-1), next_obs, done.squeeze(-1), *more)
 
     obs = property(lambda self: self.split(self.rows[: self.size]).obs)
     act = property(lambda self: self.split(self.rows[: self.size]).act)
@@ -107,6 +119,21 @@ class Dataset:
         spans = [np.arange(starts[e], self.ends[e]) for e in episodes]
         self.rows = self.rows[torch.from_numpy(np.concatenate(spans)).to(self.rows.device)]
         self.ends, self.size = np.cumsum([len(span) for span in spans]), len(self.rows)
+
+    def add_next_act(self):
+        """Gives each row the action of the row after it, so that `sample` returns SarsaBatches.
+
+        After a termination nothing follows, and the action is 0. Where an episode was cut, its last row has a next
+        observation but no next action, and is dropped.
+        """
+        last = torch.zeros(self.size, dtype=torch.bool, device=self.rows.device)
+        last[self.ends - 1] = True
+        next_act = self.act.roll(-1, 0)
+        next_act[last] = 0
+        kept = ~last | (self.done > 0)
+        self.rows = torch.cat([self.rows[: self.size], next_act], 1)[kept]
+        ends = np.unique(kept.cpu().numpy().cumsum()[self.ends - 1])  # an episode of one dropped row is no more
+        self.ends, self.size = ends[ends > 0], len(self.rows)
 
     def normalize_obs(self, eps=1e-3):
         """(obs - mean) / (std + eps), in place, for obs and next_obs."""

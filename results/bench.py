@@ -29,8 +29,10 @@ from results.run import choose_device, code_version, load_checkpoint
 
 FILE = ROOT / "results" / "bench.json"
 # Updates of one agent on a CPU, about ten seconds; S agents take a share of them. CUDA runs CUDA_FACTOR as many.
-UPDATES = {"bc": 6000, "td3_bc": 2000, "sac": 1500}
-CUDA_FACTOR = {"bc": 50, "td3_bc": 100, "sac": 8}
+UPDATES = {"bc": 6000, "td3_bc": 2000, "iql": 1500, "awac": 1000, "rebrac": 200}
+UPDATES |= {"cql": 200, "offline_sac": 1000, "sac_n": 200, "edac": 100, "sac": 1500}
+CUDA_FACTOR = {"bc": 50, "td3_bc": 100, "iql": 100, "awac": 100, "rebrac": 300}
+CUDA_FACTOR |= {"cql": 200, "offline_sac": 100, "sac_n": 300, "edac": 300, "sac": 8}
 ONLINE = ("sac",)  # in which a seed is a run
 
 
@@ -98,13 +100,19 @@ def measure(script, seeds, device):
     }
 
 
+def learned(state):
+    """{name: tensor} of what a checkpoint's `state` holds, less the optimisers."""
+    items = {name: item for name, item in state.items() if not name.endswith("_opt")}
+    items = {name: {"": item} if isinstance(item, torch.Tensor) else item for name, item in items.items()}
+    return {f"{name}.{key}": value for name, item in items.items() for key, value in item.items()}
+
+
 def graph_difference(script):
     """The largest difference of a parameter after 200 updates with and without the CUDA graph."""
     words = ["--source", "collected", "--steps", 200, "--eval-every", 200, "--eval-episodes", 1, "--seeds", 2]
     with tempfile.TemporaryDirectory() as runs:
-        ends = [train(script, runs, *words, *more)[1]["state"] for more in ((), ("--no-graph",))]
-    nets = [net for net in ends[0] if not net.endswith("_opt")]
-    return max((ends[0][net][key] - ends[1][net][key]).abs().max().item() for net in nets for key in ends[0][net])
+        ends = [learned(train(script, runs, *words, *more)[1]["state"]) for more in ((), ("--no-graph",))]
+    return max((ends[0][name] - ends[1][name]).abs().max().item() for name in ends[0])
 
 
 def bench(args):

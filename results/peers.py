@@ -1,12 +1,14 @@
-"""TD3+BC updates per second of this repository beside d3rlpy's and torchrl's, in one run: make bench-peers.
+"""TD3+BC updates per second here, in d3rlpy and in torchrl; CQL's here and in d3rlpy: make bench-peers.
 
 Each candidate is a process of its own with the same data (halfcheetah-medium), batch size, widths and device, and all
 threads for itself: they take turns, one round after another, so that a machine whose speed drifts slows all alike.
-An update draws its batch and makes one step of the critic, every second one a step of the actor and of the targets.
+An update draws its batch and makes one step of the critic, TD3+BC's every second one a step of actor and targets,
+CQL's every one; CQL samples 30 actions for each state in either library.
 
-Usage: python results/peers.py --peers .venv-peers/bin/python     (on an otherwise idle machine)
+Usage: python results/peers.py --peers .venv-peers/bin/python td3_bc     (or cql; on an otherwise idle machine)
 """
 
+import importlib
 import os
 import subprocess
 import sys
@@ -20,8 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 ROUNDS, SECONDS = 7, 3.0  # each round gives each candidate about so long
-OURS = (1, 4, 16)  # seeds
-PEERS = ("d3rlpy", "d3rlpy, one fixed batch", "torchrl")
+OURS = {"td3_bc": (1, 4, 16), "cql": (1, 4)}  # seeds
+PEERS = {"td3_bc": ("d3rlpy", "d3rlpy, one fixed batch", "torchrl"), "cql": ("d3rlpy",)}
 
 
 def commands():
@@ -40,11 +42,10 @@ def timed(update, n):
     print(time.perf_counter() - start, flush=True)
 
 
-def ours(seeds):
+def ours(script, seeds):
     """Trains with the script itself; its loop stops between the rounds."""
-    import td3_bc
-
-    steps = td3_bc.Run.steps
+    module = importlib.import_module(script)
+    steps = module.Run.steps
 
     def paused(run, data, **state):
         loop = steps(run, data, **state)
@@ -56,10 +57,10 @@ def ours(seeds):
                 torch.cuda.synchronize()
             print(time.perf_counter() - start, flush=True)
 
-    td3_bc.Run.steps = paused
+    module.Run.steps = paused
     with tempfile.TemporaryDirectory() as folder:
         os.environ["RUNS_DIR"] = folder
-        td3_bc.train(td3_bc.Args(source="collected", seeds=seeds, steps=10**9, eval_every=10**9))
+        module.train(module.Args(source="collected", seeds=seeds, steps=10**9, eval_every=10**9))
 
 
 def columns(path):
@@ -69,13 +70,17 @@ def columns(path):
         return [file[name][:] for name in ("observations", "actions", "rewards", "terminals", "timeouts")]
 
 
-def d3rlpy(path, fixed):
+def d3rlpy(script, path, fixed):
     import d3rlpy
 
     obs, act, rew, terminals, timeouts = columns(path)
     data = d3rlpy.dataset.MDPDataset(obs, act, rew, terminals.astype(np.float32), timeouts.astype(np.float32))
     scaler = d3rlpy.preprocessing.StandardObservationScaler(obs.mean(0), obs.std(0))
     config = d3rlpy.algos.TD3PlusBCConfig(batch_size=256, observation_scaler=scaler)
+    if script == "cql":  # as in d3rlpy's own reproduction
+        width = d3rlpy.models.VectorEncoderFactory([256, 256, 256])
+        words = dict(actor_encoder_factory=width, critic_encoder_factory=width, alpha_learning_rate=0.0)
+        config = d3rlpy.algos.CQLConfig(batch_size=256, observation_scaler=scaler, n_action_samples=10, **words)
     agent = config.create(device="cuda:0" if torch.cuda.is_available() else "cpu:0")
     agent.build_with_dataset(data)
     batch = data.sample_transition_batch(256)
@@ -135,9 +140,9 @@ def torchrl(path):
 class Candidate:
     """A process that updates when it is asked to."""
 
-    def __init__(self, python, name, path, agents):
+    def __init__(self, python, script, name, path, agents):
         self.name, self.agents, self.rates = name, agents, []
-        command = [python, __file__, "--candidate", name, str(path), str(agents)]
+        command = [python, __file__, "--candidate", script, name, str(path), str(agents)]
         log = Path(tempfile.gettempdir()) / f"peers-{name.replace(' ', '-')}-{agents}.log"
         with log.open("w") as file:
             self.process = subprocess.Popen(
@@ -159,7 +164,7 @@ class Candidate:
         self.rates.append(self.agents * self.updates / self.ask(self.updates))
 
 
-def compare(peers):
+def compare(peers, script):
     """Rows (name, median agent-updates/s, median over the rounds of the ratio to each peer)."""
     from datasets import find_task, load
     from datasets.sources import collected_file
@@ -167,8 +172,8 @@ def compare(peers):
 
     load("halfcheetah-medium", "collected")  # collects the file where it is not there yet
     path = collected_file(find_task("halfcheetah-medium"))
-    everyone = [Candidate(sys.executable, "ours", path, seeds) for seeds in OURS]
-    everyone += [Candidate(peers, name, path, 1) for name in PEERS]
+    everyone = [Candidate(sys.executable, script, "ours", path, seeds) for seeds in OURS[script]]
+    everyone += [Candidate(peers, script, name, path, 1) for name in PEERS[script]]
     for _ in range(ROUNDS):
         for candidate in everyone:
             candidate.round()
@@ -176,23 +181,24 @@ def compare(peers):
     for one in everyone:
         row = {"name": one.name, "seeds": one.agents, "agent_updates_per_s": round(np.median(one.rates))}
         row |= {
-            peer.name: np.median(np.divide(one.rates, peer.rates)).round(2) for peer in everyone if peer.name in PEERS
+            peer.name: np.median(np.divide(one.rates, peer.rates)).round(2) for peer in everyone if peer.name != "ours"
         }
         rows.append(row)
         print(", ".join(f"{key}: {value}" for key, value in rows[-1].items()))
-    append({"kind": "peers", **machine("cuda" if torch.cuda.is_available() else "cpu"), "rows": rows})
+    where = machine("cuda" if torch.cuda.is_available() else "cpu")
+    append({"kind": "peers", "script": script, **where, "rows": rows})
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--candidate"]:
-        name, path, agents = sys.argv[2:]
+        script, name, path, agents = sys.argv[2:]
         if name == "ours":
-            ours(int(agents))
+            ours(script, int(agents))
         elif name == "torchrl":
             torchrl(path)
         else:
-            d3rlpy(path, fixed=name != "d3rlpy")
-    elif sys.argv[1:2] == ["--peers"] and len(sys.argv) == 3:
-        compare(sys.argv[2])
+            d3rlpy(script, path, fixed=name != "d3rlpy")
+    elif sys.argv[1:2] == ["--peers"] and len(sys.argv) == 4 and sys.argv[3] in PEERS:
+        compare(*sys.argv[2:])
     else:
         raise SystemExit(__doc__)

@@ -47,11 +47,13 @@ class Run:
     The keyword arguments of `steps` are what a checkpoint holds: anything with a state_dict, or a tensor.
     """
 
-    def __init__(self, script, args):
+    def __init__(self, script, args, schedule=False):
+        """schedule: whether something follows a schedule over --steps, which a resume may then not change."""
         self.args, self.algorithm = args, Path(script).stem
+        self.free, self.defaults = FREE - {"steps"} if schedule else FREE, {}
         for field in dataclasses.fields(args):
-            value, least = getattr(args, field.name), field.default and 1  # a default of 0 allows 0: --seed
-            if type(field.default) is int and value < least:
+            value, least = getattr(args, field.name), 0 if field.default == 0 else 1  # a default of 0 allows 0: --seed
+            if field.type in (int, int | None) and value is not None and value < least:
                 raise UserError(f"--{field.name.replace('_', '-')} must be at least {least}, not {value}.")
         self.device = choose_device(args.device)
         if self.device.type == "cuda":
@@ -63,6 +65,15 @@ class Run:
         self.resumable = True  # an online script clears it inside an episode: an environment cannot be checkpointed
         self.curve, self.seconds, self.eval_seconds = [], 0.0, 0.0
         self._interrupted = self._save_due = False
+
+    def tuned(self, task, table):
+        """The arguments, with what `table` has for the task in place of each None: {"": values of all tasks, then of a
+        family or of a task: what is different there}. Records and the name of the folder take them for defaults."""
+        self.defaults = {**table[""], **table.get(task.family, {}), **table.get(task.name, {})}
+        chosen = {name: value for name, value in self.defaults.items() if getattr(self.args, name) is None}
+        self.args = dataclasses.replace(self.args, **chosen)
+        print(f"{task.name}: " + ", ".join(f"{name} {getattr(self.args, name)}" for name in self.defaults))
+        return self.args
 
     def steps(self, data, **state):
         """Yields the steps; saves when it is due, on Ctrl-C, and at the end, where the record is written as well."""
@@ -187,8 +198,9 @@ class Run:
     def _changed(self):
         """`,name=value` of each argument that makes another cell of the table and is not at its default."""
         fields = [field for field in dataclasses.fields(self.args) if field.name not in NOT_OF_THE_CELL]
-        values = [(field.name, getattr(self.args, field.name), field.default) for field in fields]
-        return "".join(f",{name}={value}" for name, value, default in values if value != default)
+        defaults = {field.name: field.default for field in fields} | self.defaults
+        values = {name: getattr(self.args, name) for name in defaults}
+        return "".join(f",{name}={value}" for name, value in values.items() if value != defaults[name])
 
     def _start_afresh(self):
         with _writing(self.folder):
@@ -211,7 +223,7 @@ class Run:
         saved = load_checkpoint(self.checkpoint, self.device)
         theirs = {**saved["args"], "fingerprint": saved["fingerprint"]}
         ours = {**dataclasses.asdict(self.args), "fingerprint": self.data.fingerprint}
-        differ = [f"{k} was {theirs.get(k)}" for k in ours if k not in FREE and ours[k] != theirs.get(k)]
+        differ = [f"{k} was {theirs.get(k)}" for k in ours if k not in self.free and ours[k] != theirs.get(k)]
         if differ:
             raise UserError(f"Cannot resume {_short(self.checkpoint)} with other arguments: {', '.join(differ)}.")
         if self.args.steps < saved["step"]:

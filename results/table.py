@@ -22,8 +22,30 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-NAMES = {"bc": "BC", "td3_bc": "TD3+BC", "sac": "SAC (online)"}
-COLORS = {"BC": "tab:gray", "10% BC": "tab:olive", "TD3+BC": "tab:blue"}
+NAMES = {
+    "bc": "BC",
+    "td3_bc": "TD3+BC",
+    "iql": "IQL",
+    "awac": "AWAC",
+    "cql": "CQL",
+    "rebrac": "ReBRAC",
+    "offline_sac": "SAC (offline)",
+    "sac_n": "SAC-N",
+    "edac": "EDAC",
+    "sac": "SAC (online)",
+}
+COLORS = {
+    "BC": "tab:gray",
+    "10% BC": "tab:olive",
+    "TD3+BC": "tab:blue",
+    "IQL": "tab:green",
+    "AWAC": "tab:orange",
+    "CQL": "tab:red",
+    "ReBRAC": "tab:cyan",
+    "SAC (offline)": "tab:brown",
+    "SAC-N": "tab:pink",
+    "EDAC": "tab:purple",
+}
 
 
 def read_cells():
@@ -112,13 +134,14 @@ def dataset_table(rows):
 
 def speed_tables():
     """Of results/bench.json, the latest measurement on each device, and the latest comparison with other libraries."""
-    latest = {(entry["kind"], entry["device"]): entry for entry in json.loads((RESULTS / "bench.json").read_text())}
+    entries = json.loads((RESULTS / "bench.json").read_text())
+    latest = {(entry["kind"], entry["device"], entry.get("script", "td3_bc")): entry for entry in entries}
     lines = [
         "| device | script | seeds | updates/s | agent-updates/s | memory, MB | evaluation, s | its share | commit |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     peers = []
-    for (kind, device), entry in sorted(latest.items()):
+    for (kind, device, script), entry in sorted(latest.items(), key=lambda item: item[0]):
         lines += [f"| {device} | {what}: not measured | | | | | | | |" for what in entry.get("not measured", [])]
         if kind == "scripts":
             for row in entry["rows"]:
@@ -127,14 +150,16 @@ def speed_tables():
                     f"| {row['agent_updates_per_s']:,.0f} | {row['memory_mb']:,} | {row['evaluation_s']:.1f} "
                     f"| {row['evaluation_share']:.0%} | {entry['commit']} |"
                 )
-            for script, difference in entry.get("graph_difference", {}).items():
+            for name, difference in entry.get("graph_difference", {}).items():
                 lines.append(
-                    f"| {device} | {script}, graph or not: parameters differ by {difference:.1e} | | | | | | | |"
+                    f"| {device} | {name}, graph or not: parameters differ by {difference:.1e} | | | | | | | |"
                 )
         else:
             peers += [""] if peers else []
             names = [row["name"] for row in entry["rows"] if row["name"] in row]
-            peers += [f"| {device} | agent-updates/s | {' | '.join(f'ratio to {name}' for name in names)} |"]
+            peers += [
+                f"| {NAMES[script]}, {device} | agent-updates/s | {' | '.join(f'ratio to {name}' for name in names)} |"
+            ]
             peers += ["| --- | ---: |" + " ---: |" * len(names)]
             for row in entry["rows"]:
                 name = (
@@ -230,8 +255,9 @@ agents, 10 episodes each, and its share of a run that evaluates every 5,000 upda
 
 {scripts}
 
-`make bench-peers`: TD3+BC's update with the same data, batch size, widths and device, in turns in one run; medians of
-the rounds. An update draws its batch; "one fixed batch" is d3rlpy's update without that, compared with ours that does.
+`make bench-peers`: the update of TD3+BC, and that of CQL, with the same data, batch size, widths and device, in turns
+in one run; medians of the rounds. An update draws its batch; "one fixed batch" is d3rlpy's update without that,
+compared with ours that does.
 
 {peers}
 

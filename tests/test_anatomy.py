@@ -1,6 +1,7 @@
 """The house: what DESIGN asks of every script, and the text that scripts repeat on purpose."""
 
 import ast
+import difflib
 import re
 import subprocess
 
@@ -9,7 +10,20 @@ from conftest import ROOT
 
 PATHS = sorted((ROOT / "algorithms").glob("*.py"))
 SOURCES = {path.stem: path.read_text() for path in PATHS}
-BUDGETS = {"bc": 150, "td3_bc": 190, "sac": 190}  # lines
+BUDGETS = {  # lines
+    "bc": 150,
+    "td3_bc": 190,
+    "iql": 225,
+    "awac": 200,
+    "cql": 260,
+    "rebrac": 225,  # 25 of them are TUNED
+    "offline_sac": 195,
+    "sac_n": 220,
+    "edac": 240,
+    "sac": 190,
+}
+TUNED = tuple(name for name in SOURCES if "\nTUNED = {" in SOURCES[name])
+LIFTED = tuple(name for name in SOURCES if "def lift(" in SOURCES[name])
 ALLOWED = {"datasets", "results.run"}  # what a script may import from this repository
 
 
@@ -25,10 +39,12 @@ def pieces(name):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_order(name):
-    """Docstring, imports, Args, networks, policy, losses, train, main."""
+    """Docstring, imports, Args, TUNED where there is one, networks, policy, losses, train, main."""
     source = SOURCES[name]
-    marks = ['"""', "\nimport ", "\nsys.path.insert(0", "\n@dataclass\nclass Args", "\nclass Actor(", "\ndef policy("]
-    marks += ["_loss(", "\ndef train(args):", '\nif __name__ == "__main__":\n    train(tyro.cli(Args))\n']
+    marks = ['"""', "\nimport ", "\nsys.path.insert(0", "\n@dataclass\nclass Args"]
+    marks += ["\nTUNED = {"] if name in TUNED else []
+    marks += ["\nclass Actor(", "\ndef policy(", "_loss(", "\ndef train(args):"]
+    marks += ['\nif __name__ == "__main__":\n    train(tyro.cli(Args))\n']
     places = [source.find(mark) for mark in marks]
     assert -1 not in places and places == sorted(places)
     assert source.endswith(marks[-1])
@@ -69,14 +85,28 @@ def test_arguments_are_explained(name):
 
 def test_same_text():
     """What stands in several scripts is the same to the letter, so that a reader need read it once."""
-    for name, scripts in {
-        "mlp": ("bc", "td3_bc", "sac"),
-        "Actor": ("bc", "td3_bc"),
-        "policy": ("bc", "td3_bc"),
-        "stack": ("bc", "td3_bc"),
-        "lift": ("bc", "td3_bc"),
-    }.items():
+    squashed = ("offline_sac", "sac_n", "edac")
+    for name, scripts in [
+        ("mlp", SOURCES),
+        ("stack", LIFTED),
+        ("lift", LIFTED),
+        ("Actor", ("bc", "td3_bc")),
+        ("Actor", ("sac_n", "edac")),
+        ("policy", ("bc", "td3_bc", "rebrac")),
+        ("policy", ("iql", "awac")),
+        ("policy", squashed),
+        ("EnsembleLinear", ("sac", "iql", "awac", "rebrac", *squashed)),
+        ("Critic", ("sac", "iql", "offline_sac")),
+        ("Critic", ("sac_n", "edac")),
+    ]:
         assert len({pieces(script)[name] for script in scripts}) == 1, name
+    ends = [pieces(name)["Actor"].split("log_std.clamp(")[1].split("\n", 1)[1] for name in ("sac", *squashed)]
+    assert len(set(ends)) == 1
+    density = "# log N(u) - log |d tanh(u) / du|"
+    lines = [SOURCES[name].split(density)[1].splitlines()[:2] for name in ("sac", "cql")]
+    assert len({"\n".join(line.strip() for line in two) for two in lines}) == 1
+    tuned = [SOURCES[name].split("\nTUNED = {")[1] for name in TUNED]
+    assert all(text.startswith('  # "" for all tasks, then by family, then by task: ') for text in tuned)
     for name in ("EnsembleLinear", "Critic"):  # TD3+BC's can compute the first Q-function alone, and say so
         made = [pieces(script)[name].split("def __init__")[1].split("def forward")[0] for script in ("sac", "td3_bc")]
         assert made[0] == made[1], name
@@ -94,13 +124,24 @@ def test_same_text():
         "device",
         "resume",
         "record",
+        "max_weight",
     ):
-        assert len({args[field] for args in fields if field in args}) == 1, field
-    ends = [SOURCES[name].split("        if run.due(step):\n")[1] for name in ("bc", "td3_bc")]
-    assert ends[0] == ends[1]
+        texts = {args[field] for args in fields if field in args}
+        assert len({text for text in texts if "None" not in text}) == 1, field  # None: TUNED has it
+    assert len({SOURCES[name].split("        if run.due(step):\n")[1] for name in LIFTED}) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if "def lift(" in SOURCES[name]])
+def test_sac_n_and_edac():
+    """Docstring and TUNED aside, the difference of the two scripts is the diversification term."""
+    texts = []
+    for name in ("sac_n", "edac"):
+        before, rest = SOURCES[name].split('"""', 2)[2].split("\nTUNED = {")
+        texts.append((before + rest.split("\n}\n", 1)[1]).splitlines())
+    changed = [line for line in difflib.ndiff(*texts) if line[0] in "+-"]
+    assert len(changed) <= 30
+
+
+@pytest.mark.parametrize("name", LIFTED)
 def test_lines_that_speed_costs(name):
     """Seeds and graphs: two functions, and whatever else in the script speaks of them."""
     own = [line for piece in ("stack", "lift") for line in pieces(name)[piece].splitlines() if line.strip()]

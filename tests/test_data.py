@@ -390,3 +390,21 @@ def test_collect_arguments():
     assert "Give one task" in fails("datasets/collect.py")
     assert "go together" in fails("datasets/collect.py", "--env", "halfcheetah-medium", "--transitions", 10)
     assert "nearest names" in fails("datasets/collect.py", "--env", "halfcheeta-medium")
+
+
+def test_next_act():
+    """The next row's action within an episode, 0 after a termination, and no row where an episode was cut."""
+    O, A, lengths, ended = 2, 1, (3, 1, 1, 2, 3), (True, False, True, False, True)
+    N, ends = sum(lengths), np.cumsum(lengths)
+    rows = torch.arange(1.0, N + 1).repeat_interleave(2 * O + A + 2).view(N, -1)  # row k holds k + 1
+    rows[:, -1] = 0
+    rows[ends[list(ended)] - 1, -1] = 1
+    data = Dataset(find_task("hopper-medium"), "file", "", rows, ends, O, A)
+    returns = data.returns()
+    data.add_next_act()
+    batch = data.split(data.rows)
+    assert batch.act[:, 0].tolist() == batch.rew.tolist() == [1, 2, 3, 5, 6, 8, 9, 10]
+    assert batch.next_act[:, 0].tolist() == [2, 3, 0, 0, 7, 9, 10, 0]
+    assert data.ends.tolist() == [3, 4, 5, 8] and len(data) == 8
+    assert data.returns()[[0, 1, 3]].tolist() == returns[[0, 2, 4]].tolist()
+    assert data.sample(4, 3).next_act.shape == (3, 4, 1) and data.next_obs.shape == (8, O)

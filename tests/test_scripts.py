@@ -14,17 +14,33 @@ import pytest
 import torch
 from conftest import ROOT, fails, start
 
-from algorithms import bc, sac, td3_bc
-from datasets import UserError
+from algorithms import awac, bc, cql, edac, iql, offline_sac, rebrac, sac, sac_n, td3_bc
+from datasets import TASKS, UserError, find_task
 from datasets.minari_io import export_minari
 from results import evaluate
 from results.run import Run, choose_device, load_checkpoint
 
-SCRIPTS = {"bc": bc, "td3_bc": td3_bc}  # those that learn from fixed data
+SCRIPTS = {  # those that learn from fixed data
+    "bc": bc,
+    "td3_bc": td3_bc,
+    "iql": iql,
+    "awac": awac,
+    "cql": cql,
+    "rebrac": rebrac,
+    "offline_sac": offline_sac,
+    "sac_n": sac_n,
+    "edac": edac,
+}
+QUICK = {  # arguments that spare time, and use more of the code
+    cql: {"n_actions": 2, "critic_layers": 1, "threshold": 5.0, "bc_steps": 5},
+    sac_n: {"n_critics": 4},
+    edac: {"n_critics": 4},
+}
 
 
 def arguments(script, small, **changes):
-    return dataclasses.replace(script.Args(), **{"env": str(small), "eval_every": 10, "eval_episodes": 1, **changes})
+    quick = {"env": str(small), "eval_every": 10, "eval_episodes": 1, **QUICK.get(script, {})}
+    return dataclasses.replace(script.Args(), **quick | changes)
 
 
 def checkpoint_of(tmp_path):
@@ -57,19 +73,92 @@ def trained(tmp_path, monkeypatch, name, *runs):
     return load_checkpoint(checkpoint_of(tmp_path / name))
 
 
+def stopped(train, step):
+    """`train`, stopped by Ctrl-C in the evaluation after that step."""
+    original = Run.report
+
+    def report(run, at, returns):
+        original(run, at, returns)
+        if at == step:
+            signal.raise_signal(signal.SIGINT)
+
+    def train_and_stop(args):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=f"Stopped after step {step} "):
+            patch.setattr(Run, "report", report)
+            train(args)
+
+    return train_and_stop
+
+
 @pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_resume_is_exact(name, seeds, small, tmp_path, monkeypatch):
     """20 steps = 10 steps + resume + 10 steps: parameters, optimisers, random state, curve."""
     script = SCRIPTS[name]
-    args = arguments(script, small, steps=20, seeds=seeds)
+    args = arguments(script, small, steps=20, seeds=seeds, batch_size=32)
     whole = trained(tmp_path, monkeypatch, "whole", (script.train, args))
-    first, second = dataclasses.replace(args, steps=10), dataclasses.replace(args, resume=True)
-    parts = trained(tmp_path, monkeypatch, "parts", (script.train, first), (script.train, second))
+    first, second = (stopped(script.train, 10), args), (script.train, dataclasses.replace(args, resume=True))
+    parts = trained(tmp_path, monkeypatch, "parts", first, second)
     for saved in (whole, parts):
         del saved["args"], saved["seconds"], saved["eval_seconds"]
     assert whole["step"] == 20 and [point["step"] for point in whole["curve"]] == [10, 20]
     assert_equal(whole, parts)
+
+
+def test_steps_may_grow(small, tmp_path, monkeypatch):
+    """A finished run goes on with more --steps, unless a schedule spans them."""
+    args = arguments(td3_bc, small, steps=20)
+    whole = trained(tmp_path, monkeypatch, "whole", (td3_bc.train, args))
+    first, second = dataclasses.replace(args, steps=10), dataclasses.replace(args, resume=True)
+    parts = trained(tmp_path, monkeypatch, "parts", (td3_bc.train, first), (td3_bc.train, second))
+    assert_equal(whole["state"], parts["state"])
+    iql.train(arguments(iql, small, steps=10))
+    with pytest.raises(UserError, match="Cannot resume .* with other arguments: steps was 10"):
+        iql.train(arguments(iql, small, steps=20, resume=True))
+
+
+def test_iql_schedule(small, monkeypatch):
+    """The actor's learning rate after k of 20 updates: lr (1 + cos(pi k / 20)) / 2."""
+    rates, watch = [], Run.watch
+
+    def watch_rate(run, losses):
+        rates.append(run.state["actor_opt"].param_groups[0]["lr"].item())
+        watch(run, losses)
+
+    monkeypatch.setattr(Run, "watch", watch_rate)
+    iql.train(arguments(iql, small, steps=20, lr=1e-3))
+    np.testing.assert_allclose(rates, 1e-3 * (1 + np.cos(np.pi * np.arange(1, 21) / 20)) / 2, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["halfcheetah-medium", "D4RL/antmaze/umaze-v1"])
+def test_tuned(name, small, tmp_path, monkeypatch, capsys):
+    """What is None comes from TUNED, by the task's family; what is given wins; the record has what was used.
+    The rewards too go by the task: locomotion's returns span 1000, AntMaze's rewards are lowered by 1."""
+    antmaze, loaded = "antmaze" in name, []
+    load = iql.load
+
+    def load_as(*words):
+        data = load(*words)
+        data.task = dataclasses.replace(data.task, name=name, rew_shift=-1.0 if antmaze else 0.0)
+        loaded.append((data, data.rew.clone()))
+        return data
+
+    monkeypatch.setattr(iql, "load", load_as)
+    iql.train(arguments(iql, small, steps=10))
+    folder = checkpoint_of(tmp_path).parent
+    record = json.loads((folder / "record-seed=0.json").read_text())
+    assert folder.name == "seed=0,eval_every=10,eval_episodes=1"
+    assert (record["args"]["expectile"], record["args"]["beta"]) == ((0.9, 10) if antmaze else (0.7, 3))
+    ((data, rew),) = loaded
+    if antmaze:
+        torch.testing.assert_close(data.rew, rew - 1)
+    else:
+        assert np.ptp(data.returns()) == pytest.approx(1000, rel=1e-4)
+    iql.train(arguments(iql, small, steps=10, beta=4.0, expectile=record["args"]["expectile"]))
+    record = json.loads(
+        (folder.with_name("seed=0,eval_every=10,eval_episodes=1,beta=4.0") / "record-seed=0.json").read_text()
+    )
+    assert record["args"]["beta"] == 4 and "beta 4.0" in capsys.readouterr().out
 
 
 def test_resume_is_exact_online(tmp_path, monkeypatch):
@@ -184,7 +273,67 @@ def test_evaluate_refuses(tmp_path):
         evaluate.evaluate(evaluate.Args(tmp_path / "y.pt", episodes=0))
 
 
-@pytest.mark.parametrize("name", ["td3_bc", "sac"])
+def test_tuned_by_task(small, tmp_path, monkeypatch, capsys):
+    """A task's own entry of TUNED wins over its family's, and what it says now must be what a resumed run was given."""
+    monkeypatch.setitem(edac.TUNED, "halfcheetah", dict(eta=5.0))
+    monkeypatch.setitem(edac.TUNED, "halfcheetah-medium", dict(eta=2.0))
+    args = arguments(edac, small, steps=10, batch_size=8, n_critics=3)
+    edac.train(args)
+    assert "halfcheetah-medium: n_critics 3, eta 2.0\n" in capsys.readouterr().out
+    folder = checkpoint_of(tmp_path).parent
+    assert folder.name == "seed=0,batch_size=8,eval_every=10,eval_episodes=1,n_critics=3"
+    tuned = json.loads((folder / "record-seed=0.json").read_text())["args"]
+    assert (tuned["eta"], tuned["n_critics"], tuned["lr"]) == (2.0, 3, 3e-4)
+    edac.train(dataclasses.replace(args, steps=20, resume=True))
+    monkeypatch.setitem(edac.TUNED, "halfcheetah-medium", dict(eta=3.0))
+    with pytest.raises(UserError, match=r"with other arguments: eta was 2\.0"):
+        edac.train(dataclasses.replace(args, steps=30, resume=True))
+    with pytest.raises(UserError, match="--n-critics must be at least 1"):
+        edac.train(dataclasses.replace(args, n_critics=0))
+
+
+def test_tuned_names():
+    """Of tuned values, only what is given and differs from the task's is in the folder's name."""
+    for env, words, name in (
+        ("antmaze-umaze", {"n_actions": 5, "alpha": 1.0}, ",n_actions=5,alpha=1.0"),
+        ("pen-human", {"alpha": 1.0}, ""),
+        ("halfcheetah-medium", {"alpha": 10.0, "threshold": 3.0}, ",threshold=3.0"),
+    ):
+        run = Run("algorithms/cql.py", cql.Args(env, device="cpu", **words))
+        args = run.tuned(find_task(env), cql.TUNED)
+        assert run._changed() == name and None not in dataclasses.asdict(args).values()
+        assert all(getattr(args, key) == value for key, value in words.items())
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if hasattr(SCRIPTS[name], "TUNED")])
+def test_tuned_tasks_exist(name):
+    """Each entry of TUNED is a task, a family of tasks or "", and names arguments that are open by default."""
+    script = SCRIPTS[name]
+    known = {"", *TASKS, *(task.family for task in TASKS.values())}
+    assert known >= script.TUNED.keys()
+    names = set(script.TUNED[""])
+    for values in script.TUNED.values():
+        assert set(values) <= names
+    assert all(getattr(script.Args(), field) is None for field in names)
+
+
+def test_antmaze_rewards(small, monkeypatch):
+    """ReBRAC learns AntMaze's rewards times 100."""
+    load, seen = rebrac.load, []
+
+    def load_as_antmaze(*words):
+        data = load(*words)
+        data.task = dataclasses.replace(data.task, name="antmaze-umaze")
+        data.rew[:] = 1
+        return data
+
+    monkeypatch.setattr(rebrac, "load", load_as_antmaze)
+    monkeypatch.setattr(Run, "steps", lambda run, data, **state: seen.extend(data.rew.unique().tolist()) or [])
+    rebrac.train(arguments(rebrac, small))
+    assert seen == [100]
+
+
+@pytest.mark.parametrize("name", ["td3_bc", "iql", "awac", "cql", "rebrac", "edac", "sac"])
 def test_targets_have_no_history(name, small, monkeypatch):
     """A Polyak step with gradients on would chain every update to the one before: right scores, memory without end."""
     nets = {}
@@ -192,9 +341,19 @@ def test_targets_have_no_history(name, small, monkeypatch):
     if name == "sac":
         sac.train(sac.Args(steps=40, start_steps=20, eval_every=40, eval_episodes=1))
     else:
-        td3_bc.train(arguments(td3_bc, small, steps=10))
+        SCRIPTS[name].train(arguments(SCRIPTS[name], small, steps=10, batch_size=8))
     targets = [p for key, net in nets.items() if key.endswith("_target") for p in net.parameters()]
     assert targets and all(p.is_leaf and not p.requires_grad for p in targets)
+
+
+def test_cql_variants(small, tmp_path):
+    """CQL(rho) and the target's options train; an alpha that is not learned stays where it is."""
+    changes = dict(variant="rho", max_target=True, backup_entropy=True, threshold=None, normalize=False, rew_scale=2.0)
+    cql.train(arguments(cql, small, steps=10, **changes))
+    saved = load_checkpoint(checkpoint_of(tmp_path))
+    assert saved["state"]["log_alpha"].item() == pytest.approx(np.log(10))
+    assert saved["args"]["threshold"] == -1 and saved["obs_std"].eq(1).all()
+    assert "rew_scale=2.0" in checkpoint_of(tmp_path).parent.name
 
 
 def test_top_fraction(small):
@@ -322,6 +481,11 @@ def test_bad_arguments(words, message):
     assert message in fails("algorithms/bc.py", *words)
 
 
+def test_bad_expectile(small):
+    with pytest.raises(UserError, match=r"--expectile must lie in \(0, 1\), not 1.5"):
+        iql.train(arguments(iql, small, expectile=1.5))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_no_cuda():
     assert choose_device("auto").type == "cpu"
@@ -332,11 +496,11 @@ def test_no_cuda():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_cuda(name, small, tmp_path, monkeypatch):
-    """On CUDA: trains, resumes exactly, and its checkpoint acts on a CPU."""
+    """On CUDA: trains, resumes, and its checkpoint acts on a CPU."""
     script = SCRIPTS[name]
     args = arguments(script, small, steps=20, device="cuda")
-    first, second = dataclasses.replace(args, steps=10), dataclasses.replace(args, resume=True)
-    trained(tmp_path, monkeypatch, "cuda", (script.train, first), (script.train, second))
+    first, second = (stopped(script.train, 10), args), (script.train, dataclasses.replace(args, resume=True))
+    trained(tmp_path, monkeypatch, "cuda", first, second)
     returns, _ = evaluate.evaluate(evaluate.Args(checkpoint_of(tmp_path / "cuda"), episodes=1))
     assert np.isfinite(returns).all()
 

@@ -1,0 +1,259 @@
+"""CQL: Conservative Q-Learning for Offline Reinforcement Learning (Kumar et al., NeurIPS 2020), arXiv:2006.04779.
+
+    critic    L_Q  = sum_i alpha gap_i + E (Q_i(obs, act) - target)^2,   target = rew + gamma (1 - done) min_i Q'_i
+    CQL(H)    gap  = E [log sum_a exp Q(obs, a) - Q(obs, act)]                                                (Eq. 4)
+    CQL(rho)  gap  = E [sum_a w(a) Q(obs, a) - Q(obs, act)],   w(a) = pi(a | obs) exp Q(obs, a) / Z     (appendix A)
+    Lagrange  alpha rises while gap > threshold, the paper's tau, and falls below it
+    actor     L_pi = E [temperature log pi(a | obs) - min_i Q_i(obs, a)],   SAC's (arXiv:1812.05905)
+
+Differs from the paper as the authors' code does: no 1/2 before the squared error, and a third of the actions sampled
+for CQL(H) are those of the policy at next_obs. Differs from the authors' code: the critics step before the actor's loss
+is taken; the target's action is one of the samples; CQL(rho) is the paper's, of the policy's own samples alone;
+weights start as PyTorch has them.
+Usage: python algorithms/cql.py --env halfcheetah-medium
+"""
+
+import sys
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.func import functional_call
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from datasets import load
+from results.run import Run
+
+
+@dataclass
+class Args:
+    env: str = "halfcheetah-medium"  # the task, a Minari id, or an HDF5 file
+    source: str = "auto"  # where its data come from: auto, d4rl, minari, collected
+    eval_env: str = ""  # the Gymnasium environment to evaluate in, for an HDF5 file of your own
+    seed: int = 0
+    seeds: int = 1  # agents trained side by side: seed, seed + 1, ...
+    steps: int = 1_000_000  # updates
+    batch_size: int = 256
+    lr: float = 3e-4
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # Polyak step of the target networks
+    eval_every: int = 5_000
+    eval_episodes: int = 10
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    resume: bool = False  # continue the run with these arguments from its checkpoint
+    record: bool = False  # keep the run's record in results/runs/ as well
+    graph: bool = True  # replay each update as one CUDA graph, on a GPU
+    backup_entropy: bool = False  # SAC: the target holds the entropy of the next action too
+    bc_steps: int = 0  # updates at the start in which the policy clones the data (40,000 in the authors' code)
+    variant: Literal["h", "rho"] = "h"  # CQL(H), or CQL(rho) with the policy so far as rho
+    n_actions: int = 10  # sampled for each state from each of: the uniform distribution, the policy at obs, at next_obs
+    actor_lr: float | None = None  # of the policy and the temperature; None, here and below: as in TUNED
+    alpha: float | None = None  # weight of the gap (Eq. 4); what it starts from where a threshold is given
+    threshold: float | None = None  # of the gap, in the Lagrange version that learns alpha; below 0: alpha is fixed
+    gap_min: float | None = None  # a state's gap below this has no gradient
+    max_target: bool | None = None  # the target is of the best of n_actions next actions, by the lower of their two Q
+    critic_layers: int | None = None  # hidden layers of the critics
+    normalize: bool | None = None  # observations to mean 0 and deviation 1
+    rew_scale: float | None = None  # rewards are scaled, then shifted
+    rew_shift: float | None = None  # by this
+
+
+# With a threshold, CORL's alpha has a factor that starts at e. Left out: it rescales hopper-medium's rewards.
+TUNED = {  # "" for all tasks, then by family, then by task: configs/offline/cql of github.com/corl-team/CORL
+    "": dict(actor_lr=3e-5, alpha=10.0, threshold=-1.0, gap_min=-1e9, max_target=False)
+    | dict(critic_layers=3, normalize=True, rew_scale=1.0, rew_shift=0.0),
+    "antmaze": dict(actor_lr=1e-4, alpha=5.0 * np.e, threshold=0.8, gap_min=-200.0, max_target=True)
+    | dict(critic_layers=5, normalize=False, rew_scale=10.0, rew_shift=-5.0),
+    "maze2d": dict(alpha=10.0 * np.e, threshold=5.0),
+    **dict.fromkeys(("pen", "door", "hammer", "relocate"), dict(actor_lr=1e-4, alpha=1.0)),
+}
+
+
+def mlp(*sizes):
+    layers = []
+    for i, o in zip(sizes, sizes[1:]):
+        layers += [nn.Linear(i, o), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers[:-1])
+
+
+class Actor(nn.Module):
+    """Gaussian that tanh squashes: obs (B, O) -> mean and log_std (B, A)."""
+
+    def __init__(self, obs_dim, act_dim):
+        super().__init__()
+        self.net = mlp(obs_dim, 256, 256, 256, 2 * act_dim)
+
+    def forward(self, obs):
+        mean, log_std = self.net(obs).chunk(2, -1)  # (B, A) each
+        return mean, log_std.clamp(-20, 2)
+
+
+class Critic(nn.Module):
+    """Two Q-functions: obs (B, O), act (B, A) -> q (2, B); act (K, B, A) -> (2, K, B). One after the other: for
+    thousands of rows that is faster than one batched product, and than the share of obs in the first layer once."""
+
+    def __init__(self, obs_dim, act_dim, hidden_layers):
+        super().__init__()
+        self.nets = nn.ModuleList(mlp(obs_dim + act_dim, *[256] * hidden_layers, 1) for _ in range(2))
+
+    def forward(self, obs, act):
+        x = torch.cat([obs.expand(*act.shape[:-1], -1), act], -1).flatten(0, -2)  # (K * B, O + A)
+        return torch.stack([net(x).view(act.shape[:-1]) for net in self.nets])
+
+
+def policy(obs, actor):
+    """The action to evaluate, the squashed mean: obs (B, O) -> act (B, A)."""
+    return actor(obs)[0].tanh()
+
+
+def log_density(u, noise, log_std):
+    """Of tanh(u), u = mean + std * noise: (..., B, A) -> (..., B)."""
+    # log N(u) - log |d tanh(u) / du|, the latter as 2 (log 2 - u - softplus(-2 u)), which does not underflow
+    log_prob = -0.5 * noise**2 - log_std - 0.5 * np.log(2 * np.pi) - 2 * (np.log(2) - u - F.softplus(-2 * u))
+    return log_prob.sum(-1)
+
+
+def sample(obs, actor, n):
+    """n actions of the policy for each obs: (n, B, A), and their log densities (n, B)."""
+    mean, log_std = actor(obs)
+    noise = torch.randn_like(mean.expand(n, *mean.shape))  # the network runs once, not n times
+    u = mean + log_std.exp() * noise
+    return u.tanh(), log_density(u, noise, log_std)
+
+
+def soft_maximum(args, q, log_prob):
+    """What the critics lower: of q (2, K, B) at K sampled actions with log densities (K, B), for each state (2, B)."""
+    assert q.shape == (2, *log_prob.shape)
+    if args.variant == "rho":
+        weight = q.softmax(1).detach()  # w maximizes E_w Q - KL(w, pi), so it adds no gradient of its own
+        return (weight * q).sum(1)
+    # Importance sampling. The sum has log K more than the mean: published thresholds are for the sum.
+    return (q - log_prob).logsumexp(1)
+
+
+def critic_loss(args, batch, log_temperature, log_alpha, actor, critic, critic_target):
+    B, A = batch.act.shape
+    n, m = args.n_actions, args.n_actions if args.max_target else 1
+    with torch.no_grad():
+        both = sample(torch.cat([batch.obs, batch.next_obs]), actor, n)  # (n, 2 B, A), (n, 2 B)
+        (pi_act, next_act), (pi_log_prob, next_log_prob) = (x.split(B, 1) for x in both)
+        next_qs = critic_target(batch.next_obs, next_act[:m])
+        assert next_qs.shape == (2, m, B)
+        next_q, best = next_qs.amin(0).max(0)  # (B,), of the best of m actions
+        if args.backup_entropy:
+            next_q = next_q - log_temperature.exp() * next_log_prob.gather(0, best[None])[0]
+        target = batch.rew + args.gamma * (1 - batch.done) * next_q
+        sampled, log_prob = [pi_act], pi_log_prob
+        if args.variant == "h":
+            sampled = [2 * torch.rand_like(pi_act) - 1, pi_act, next_act]
+            uniform_log_prob = torch.full_like(pi_log_prob, A * np.log(0.5))
+            log_prob = torch.cat([uniform_log_prob, pi_log_prob, next_log_prob])  # (3 n, B)
+    q = critic(batch.obs, batch.act)  # (2, B)
+    sampled_q = torch.cat([critic(batch.obs, act) for act in sampled], 1)  # (2, 3 n, B), or (2, n, B)
+    gap = (soft_maximum(args, sampled_q, log_prob) - q).clamp(args.gap_min).mean(1)  # (2,)
+    alpha = log_alpha.detach().exp().clamp(max=1e6)
+    return (alpha * gap + ((q - target) ** 2).mean(1)).sum(), gap.detach().mean()  # (Eq. 4)
+
+
+def alpha_loss(args, log_alpha, gap):
+    return -log_alpha.exp().clamp(max=1e6) * (gap - args.threshold)  # Eq. 4's weight as a Lagrange multiplier
+
+
+def actor_loss(batch, log_temperature, actor, critic):
+    act, log_prob = sample(batch.obs, actor, 1)  # (1, B, A), (1, B)
+    q = critic(batch.obs, act)
+    assert q.shape == (2, 1, len(batch.obs))
+    return (log_temperature.detach().exp() * log_prob - q.amin(0)).mean(), log_prob.detach().mean()  # SAC's (Eq. 9)
+
+
+def cloning_loss(batch, log_temperature, actor):
+    _, log_prob = sample(batch.obs, actor, 1)  # (1, B)
+    mean, log_std = actor(batch.obs)
+    u = batch.act.clamp(-1 + 1e-6, 1 - 1e-6).atanh()
+    data_log_prob = log_density(u, (u - mean) / log_std.exp(), log_std)  # (B,)
+    return (log_temperature.detach().exp() * log_prob - data_log_prob).mean(), log_prob.detach().mean()
+
+
+def temperature_loss(log_temperature, log_prob, target_entropy):
+    return -log_temperature * (log_prob + target_entropy)  # SAC's (Eq. 18)
+
+
+def stack(nets):
+    """The networks of S agents as one, whose parameters have a leading axis S; of one agent, its own."""
+    if len(nets) > 1:
+        for params in zip(*(net.parameters() for net in nets)):
+            params[0].data = torch.stack([param.data for param in params])
+    return nets[0]
+
+
+def lift(seeds, function, *nets):
+    """`function(*inputs, *nets)` of one agent -> a function of the inputs of all agents, each (S, ...)."""
+    if seeds == 1:
+        return lambda *inputs: function(*inputs, *nets)
+
+    def one_agent(params, *inputs):
+        calls = [lambda *x, net=net, p=p: functional_call(net, p, x) for net, p in zip(nets, params)]
+        return function(*inputs, *calls)
+
+    return partial(torch.vmap(one_agent, randomness="different"), [dict(net.named_parameters()) for net in nets])
+
+
+def train(args):
+    run = Run(__file__, args)
+    data = load(args.env, args.source, run.device, args.eval_env)
+    args = run.tuned(data.task, TUNED)
+    data.rew = args.rew_scale * data.rew + args.rew_shift
+    if args.normalize:
+        data.normalize_obs()  # (obs - mean) / (std + 1e-3)
+
+    O, A = data.obs_dim, data.act_dim
+    actor = stack([Actor(O, A) for _ in range(args.seeds)]).to(run.device)
+    critic = stack([Critic(O, A, args.critic_layers) for _ in range(args.seeds)]).to(run.device)
+    critic_target = deepcopy(critic).requires_grad_(False)
+    shape = () if args.seeds == 1 else (args.seeds,)  # of what each agent has one number of
+    log_temperature = torch.zeros(shape, device=run.device, requires_grad=True)
+    log_alpha = torch.full(shape, np.log(args.alpha), device=run.device, requires_grad=args.threshold >= 0)
+    # Adam is elementwise and passes over what has no gradient: the two numbers need no optimisers of their own.
+    actor_opt = torch.optim.Adam([*actor.parameters(), log_temperature], args.actor_lr, fused=True, capturable=True)
+    critic_opt = torch.optim.Adam([*critic.parameters(), log_alpha], args.lr, fused=True, capturable=True)
+    critic_losses = lift(args.seeds, partial(critic_loss, args), actor, critic, critic_target)
+    actor_losses = lift(args.seeds, actor_loss, actor, critic)
+    cloning_losses = lift(args.seeds, cloning_loss, actor)
+
+    def update(cloning):
+        batch = data.sample(args.batch_size, args.seeds)
+        critics_loss, gap = critic_losses(batch, log_temperature, log_alpha)  # () each, or (S,)
+        loss = critics_loss + (alpha_loss(args, log_alpha, gap) if args.threshold >= 0 else 0)
+        critic_opt.zero_grad()
+        loss.sum().backward()
+        critic_opt.step()
+
+        policy_loss, log_prob = (cloning_losses if cloning else actor_losses)(batch, log_temperature)
+        loss = policy_loss + temperature_loss(log_temperature, log_prob, -A)
+        actor_opt.zero_grad()
+        loss.sum().backward(inputs=[*actor.parameters(), log_temperature])  # the critics' weights need no gradient here
+        actor_opt.step()
+
+        with torch.no_grad():  # or the targets would drag the whole history of the critics along
+            torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
+        scalars = {"gap": gap, "alpha": log_alpha.exp(), "temperature": log_temperature.exp()}
+        run.watch({"critic_loss": critics_loss, "actor_loss": policy_loss, **scalars})
+
+    update = run.graphed(update)
+    act = lift(args.seeds, policy, actor)
+    state = dict(actor=actor, critic=critic, critic_target=critic_target, actor_opt=actor_opt, critic_opt=critic_opt)
+    for step in run.steps(data, **state, log_temperature=log_temperature, log_alpha=log_alpha):
+        update(step <= args.bc_steps)
+        if run.due(step):
+            run.report(step, data.evaluate(act, args.eval_episodes, args.seed, args.seeds))
+
+
+if __name__ == "__main__":
+    train(tyro.cli(Args))
