@@ -30,7 +30,7 @@ lint: $(READY)  ## ruff: style and unused code
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-datasets: $(READY)  ## collect every task that is missing (20 minutes, 4 GB), print and draw all that is at hand
+datasets: $(READY)  ## collect every task that is missing (25 minutes, 3 GB), print and draw all that is at hand
 	$(PYTHON) datasets/collect.py --all
 	$(PYTHON) datasets/show.py
 	$(PYTHON) results/table.py

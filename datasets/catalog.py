@@ -30,7 +30,7 @@ class Task:
     ref_max: float | None = None  # mean return of an expert
     max_episode_steps: int | None = 1000  # None: as the environment has it
     env_args: dict = dataclasses.field(default_factory=dict)  # for gymnasium.make
-    env_spec: str = ""  # instead of the four above: the environment as JSON, as Minari keeps it
+    env_spec: str = ""  # instead of env_id, its time limit and env_args: the environment as JSON, as Minari keeps it
     obs_keys: tuple = ()  # of an observation that is a dictionary, the parts to use; (): all
     obs_dim: int = 0  # of the data; 0: not known beforehand
     act_dim: int = 0
@@ -94,11 +94,6 @@ class Task:
         return 100 * (returns - self.ref_min) / (self.ref_max - self.ref_min)
 
 
-BODIES = {  # the environments themselves, for algorithms that learn online
-    "halfcheetah": Task("halfcheetah", "HalfCheetah-v4", -280.178953, 12135.0),
-    "hopper": Task("hopper", "Hopper-v4", -20.272305, 3234.3),
-    "walker2d": Task("walker2d", "Walker2d-v4", 1.629008, 4592.3),
-}
 ENVS = {  # what D4RL's tasks are evaluated in, by the first part of their names
     "halfcheetah": {"obs_dim": 17, "act_dim": 6, "env_id": "HalfCheetah-v4"},
     "hopper": {"obs_dim": 11, "act_dim": 3, "env_id": "Hopper-v4"},
@@ -142,6 +137,10 @@ def d4rl_tasks():
 
 
 TASKS = d4rl_tasks()
+BODIES = {  # the environments themselves, for algorithms that learn online
+    body: dataclasses.replace(TASKS[f"{body}-medium"], name=body, d4rl_file="")
+    for body in ("halfcheetah", "hopper", "walker2d")
+}
 
 
 def find_task(name, tasks=TASKS):
