@@ -41,8 +41,9 @@ results: $(READY)  ## rebuild results/README.md, the README's table and the figu
 bench: $(READY)  ## updates per second of every script on this machine, into results/bench.json (minutes)
 	$(PYTHON) results/bench.py
 
-bench-peers: $(READY) .venv-peers/installed  ## the same TD3+BC and CQL updates in d3rlpy and torchrl, in turns with ours
+bench-peers: $(READY) .venv-peers/installed  ## the same TD3+BC, IQL and CQL updates in d3rlpy and torchrl, in turns with ours
 	$(PYTHON) results/peers.py --peers .venv-peers/bin/python td3_bc
+	$(PYTHON) results/peers.py --peers .venv-peers/bin/python iql
 	$(PYTHON) results/peers.py --peers .venv-peers/bin/python cql
 
 .venv-peers/installed:

@@ -48,7 +48,6 @@ class Args:
     record: bool = False  # keep the run's record in results/runs/ as well
     graph: bool = True  # replay each update as one CUDA graph, on a GPU
     lam: float | None = None  # temperature of the policy's weights (Eq. 13); None: as in TUNED
-    max_weight: float = 100.0  # bound on the policy's weights
 
 
 TUNED = {  # "" for all tasks, then by family, then by task: configs/offline/awac of github.com/corl-team/CORL
@@ -127,7 +126,7 @@ def actor_loss(args, batch, actor, critic):
         q, pi_q = critic(batch.obs, batch.act), critic(batch.obs, pi_act)  # (2, B)
         assert q.shape == pi_q.shape == (2, len(batch.rew))
         adv = q.amin(0) - pi_q.amin(0)  # (B,)
-        weight = (adv / args.lam).exp().clamp(max=args.max_weight)
+        weight = (adv / args.lam).exp().clamp(max=100)
     log_prob = -0.5 * ((batch.act - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)  # (B, A)
     return -(weight * log_prob.sum(-1)).mean()  # (Eq. 13)
 
@@ -170,20 +169,18 @@ def train(args):
 
     def update():
         batch = data.sample(args.batch_size, args.seeds)
-        loss = critic_losses(batch)  # (), or (S,)
+        loss_q = critic_losses(batch)  # (), or (S,)
         critic_opt.zero_grad()
-        loss.sum().backward()
+        loss_q.sum().backward()
         critic_opt.step()
-        losses = {"critic_loss": loss}
 
-        loss = actor_losses(batch)
+        loss_pi = actor_losses(batch)
         actor_opt.zero_grad()
-        loss.sum().backward()
+        loss_pi.sum().backward()
         actor_opt.step()
-        losses["actor_loss"] = loss
         with torch.no_grad():  # or the targets would drag the whole history of the networks along
             torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
-        run.watch(losses)
+        run.watch({"critic_loss": loss_q, "actor_loss": loss_pi})
 
     update = run.graphed(update)
     act = lift(args.seeds, policy, actor)

@@ -243,7 +243,7 @@ def train(args):
 
         with torch.no_grad():  # or the targets would drag the whole history of the critics along
             torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
-        scalars = {"gap": gap, "alpha": log_alpha.exp(), "temperature": log_temperature.exp()}
+            scalars = {"gap": gap, "alpha": log_alpha.exp(), "temperature": log_temperature.exp()}
         run.watch({"critic_loss": critics_loss, "actor_loss": policy_loss, **scalars})
 
     update = run.graphed(update)

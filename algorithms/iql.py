@@ -6,8 +6,8 @@
 
 No Q-function is ever asked about an action outside the data. pi is a Gaussian that is not squashed: its mean is a tanh,
 its deviation does not depend on obs. As in the authors' code: the actor's learning rate falls to 0 along a cosine over
---steps, locomotion rewards are divided by the range of the trajectories' returns, observations are left as they are.
-Differs from the authors' code: PyTorch's initialisation, not orthogonal.
+--steps, and locomotion rewards are divided by the range of the trajectories' returns. Differs from the authors' code:
+observations are normalized, which learns several times as fast, as in CORL; PyTorch's initialisation, not orthogonal.
 Usage: python algorithms/iql.py --env halfcheetah-medium
 """
 
@@ -50,7 +50,6 @@ class Args:
     expectile: float | None = None  # of the Q-values that V estimates (Eq. 5); None: as in TUNED
     beta: float | None = None  # inverse temperature of the policy's weights (Eq. 7); None: as in TUNED
     dropout: float | None = None  # of the actor's hidden layers, in training; None: as in TUNED
-    max_weight: float = 100.0  # bound on the policy's weights
 
 
 TUNED = {  # "" for all tasks, then by family, then by task: configs/ of github.com/ikostrikov/implicit_q_learning
@@ -127,7 +126,7 @@ def value_loss(args, batch, value, critic_target):
 def actor_loss(args, batch, min_q, actor, value):
     with torch.no_grad():
         u = min_q - value(batch.obs).squeeze(-1)  # (B,)
-        weight = (args.beta * u).exp().clamp(max=args.max_weight)
+        weight = (args.beta * u).exp().clamp(max=100)
     mean, log_std = actor(batch.obs, args.dropout)  # (B, A), (A,)
     log_prob = -0.5 * ((batch.act - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)  # (B, A)
     return -(weight * log_prob.sum(-1)).mean()  # (Eq. 7)
@@ -171,6 +170,7 @@ def train(args):
         returns = data.returns()
         data.rew *= 1000 / (returns.max() - returns.min())
     data.rew += data.task.rew_shift  # AntMaze: 0 at the goal, -1 before
+    data.normalize_obs()  # (obs - mean) / (std + 1e-3)
 
     O, A = data.obs_dim, data.act_dim
     actor = stack([Actor(O, A) for _ in range(args.seeds)]).to(run.device)
@@ -187,28 +187,25 @@ def train(args):
 
     def update():  # in the authors' order: actor and critic already see the new V
         batch = data.sample(args.batch_size, args.seeds)
-        loss, min_q = value_losses(batch)  # (), or (S,); (B,), or (S, B)
+        loss_v, min_q = value_losses(batch)  # (), or (S,); (B,), or (S, B)
         value_opt.zero_grad()
-        loss.sum().backward()
+        loss_v.sum().backward()
         value_opt.step()
-        losses = {"value_loss": loss}
 
-        loss = actor_losses(batch, min_q)
+        loss_pi = actor_losses(batch, min_q)
         actor_opt.zero_grad()
-        loss.sum().backward()
+        loss_pi.sum().backward()
         actor_opt.step()
-        losses["actor_loss"] = loss
         progress = actor_opt.state[actor.log_std]["step"] / args.steps  # (), on the device: Adam's own count
         actor_opt.param_groups[0]["lr"].copy_(args.lr / 2 * (1 + torch.cos(torch.pi * progress)))  # for the next update
 
-        loss = critic_losses(batch)
+        loss_q = critic_losses(batch)
         critic_opt.zero_grad()
-        loss.sum().backward()
+        loss_q.sum().backward()
         critic_opt.step()
-        losses["critic_loss"] = loss
         with torch.no_grad():  # or the targets would drag the whole history of the networks along
             torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
-        run.watch(losses)
+        run.watch({"value_loss": loss_v, "actor_loss": loss_pi, "critic_loss": loss_q})
 
     update = run.graphed(update)
     act = lift(args.seeds, policy, actor)

@@ -7,8 +7,7 @@
 TD3+BC with a penalty in the critics too, weighted apart from the actor's; deeper networks, layer norm in the critics,
 larger batches. next_act is what the data did in next_obs.
 Differs from the authors' code: PyTorch's initialisation; layer norm without scale and shift, which the next layer has;
-the target actor follows the actor after its step, not before. Their newest version also bounds the target from below
-by the data's return, which the paper does not.
+the target actor follows the actor after its step, not before.
 Usage: python algorithms/rebrac.py --env halfcheetah-medium
 """
 
@@ -71,7 +70,6 @@ WEIGHTS = {
 TUNED = {  # "" for all tasks, then by family, then by task: Table 10; the authors' files have other lr for AntMaze
     "": dict(batch_size=1024, lr=1e-3, gamma=0.99, actor_weight=0.01, critic_weight=0.01),
     "antmaze": dict(batch_size=256, lr=1e-4, gamma=0.999),
-    "maze2d": dict(batch_size=256, lr=3e-4, actor_weight=0.003, critic_weight=0.001),  # the authors' files alone
     **dict.fromkeys(("pen", "door", "hammer", "relocate"), dict(batch_size=256, lr=3e-4)),
 }
 TUNED |= {

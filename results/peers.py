@@ -1,11 +1,11 @@
-"""TD3+BC updates per second here, in d3rlpy and in torchrl; CQL's here and in d3rlpy: make bench-peers.
+"""TD3+BC updates per second here, in d3rlpy and in torchrl; IQL's and CQL's here and in d3rlpy: make bench-peers.
 
 Each candidate is a process of its own with the same data (halfcheetah-medium), batch size, widths and device, and all
 threads for itself: they take turns, one round after another, so that a machine whose speed drifts slows all alike.
 An update draws its batch and makes one step of the critic, TD3+BC's every second one a step of actor and targets,
-CQL's every one; CQL samples 30 actions for each state in either library.
+IQL's and CQL's every one; CQL samples 30 actions for each state in either library.
 
-Usage: python results/peers.py --peers .venv-peers/bin/python td3_bc     (or cql; on an otherwise idle machine)
+Usage: python results/peers.py --peers .venv-peers/bin/python td3_bc     (or iql, cql; on an otherwise idle machine)
 """
 
 import importlib
@@ -22,8 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 ROUNDS, SECONDS = 7, 3.0  # each round gives each candidate about so long
-OURS = {"td3_bc": (1, 4, 16), "cql": (1, 4)}  # seeds
-PEERS = {"td3_bc": ("d3rlpy", "d3rlpy, one fixed batch", "torchrl"), "cql": ("d3rlpy",)}
+OURS = {"td3_bc": (1, 4, 16), "iql": (1, 4), "cql": (1, 4)}  # seeds
+PEERS = {"td3_bc": ("d3rlpy", "d3rlpy, one fixed batch", "torchrl"), "iql": ("d3rlpy",), "cql": ("d3rlpy",)}
 
 
 def commands():
@@ -77,6 +77,8 @@ def d3rlpy(script, path, fixed):
     data = d3rlpy.dataset.MDPDataset(obs, act, rew, terminals.astype(np.float32), timeouts.astype(np.float32))
     scaler = d3rlpy.preprocessing.StandardObservationScaler(obs.mean(0), obs.std(0))
     config = d3rlpy.algos.TD3PlusBCConfig(batch_size=256, observation_scaler=scaler)
+    if script == "iql":
+        config = d3rlpy.algos.IQLConfig(batch_size=256)
     if script == "cql":  # as in d3rlpy's own reproduction
         width = d3rlpy.models.VectorEncoderFactory([256, 256, 256])
         words = dict(actor_encoder_factory=width, critic_encoder_factory=width, alpha_learning_rate=0.0)
