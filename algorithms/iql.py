@@ -7,7 +7,8 @@
 No Q-function is ever asked about an action outside the data. pi is a Gaussian that is not squashed: its mean is a tanh,
 its deviation does not depend on obs. As in the authors' code: the actor's learning rate falls to 0 along a cosine over
 --steps, and locomotion rewards are divided by the range of the trajectories' returns. Differs from the authors' code:
-observations are normalized, which learns several times as fast, as in CORL; PyTorch's initialisation, not orthogonal.
+observations are normalized, which learns several times as fast, as in CORL; critic and actor see V before its step,
+not after; PyTorch's initialisation, not orthogonal.
 Usage: python algorithms/iql.py --env halfcheetah-medium
 """
 
@@ -114,30 +115,24 @@ def policy(obs, actor):
     return actor(obs)[0]
 
 
-def value_loss(args, batch, value, critic_target):
+def losses(args, batch, actor, critic, value, critic_target):
+    """Of V, of the Q-functions and of pi; each has a gradient in its own network alone, so that they can be summed."""
     with torch.no_grad():
-        q = critic_target(batch.obs, batch.act)  # (2, B)
-        assert q.shape == (2, len(batch.rew))
-    min_q = q.amin(0)  # (B,), which the actor's loss needs too
-    u = min_q - value(batch.obs).squeeze(-1)
-    return ((args.expectile - (u < 0).float()).abs() * u**2).mean(), min_q  # (Eq. 5)
-
-
-def actor_loss(args, batch, min_q, actor, value):
-    with torch.no_grad():
-        u = min_q - value(batch.obs).squeeze(-1)  # (B,)
-        weight = (args.beta * u).exp().clamp(max=100)
-    mean, log_std = actor(batch.obs, args.dropout)  # (B, A), (A,)
-    log_prob = -0.5 * ((batch.act - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)  # (B, A)
-    return -(weight * log_prob.sum(-1)).mean()  # (Eq. 7)
-
-
-def critic_loss(args, batch, critic, value):
-    with torch.no_grad():
+        target_q = critic_target(batch.obs, batch.act)  # (2, B)
+        assert target_q.shape == (2, len(batch.rew))
         next_v = value(batch.next_obs).squeeze(-1)  # (B,)
         target = batch.rew + args.gamma * (1 - batch.done) * next_v
+    u = target_q.amin(0) - value(batch.obs).squeeze(-1)  # (B,)
+    value_loss = ((args.expectile - (u < 0).float()).abs() * u**2).mean()  # (Eq. 5)
+
     q = critic(batch.obs, batch.act)  # (2, B)
-    return ((q - target) ** 2).mean(1).sum()  # (Eq. 6)
+    critic_loss = ((q - target) ** 2).mean(1).sum()  # (Eq. 6)
+
+    weight = (args.beta * u.detach()).exp().clamp(max=100)
+    mean, log_std = actor(batch.obs, args.dropout)  # (B, A), (A,)
+    log_prob = -0.5 * ((batch.act - mean) / log_std.exp()) ** 2 - log_std - 0.5 * math.log(2 * math.pi)  # (B, A)
+    actor_loss = -(weight * log_prob.sum(-1)).mean()  # (Eq. 7)
+    return {"value_loss": value_loss, "critic_loss": critic_loss, "actor_loss": actor_loss}
 
 
 def stack(nets):
@@ -177,40 +172,27 @@ def train(args):
     critic = stack([Critic(O, A) for _ in range(args.seeds)]).to(run.device)
     value = stack([mlp(O, 256, 256, 1) for _ in range(args.seeds)]).to(run.device)
     critic_target = deepcopy(critic).requires_grad_(False)
-    adam = partial(torch.optim.Adam, fused=True, capturable=True)
-    actor_opt = adam(actor.parameters(), torch.tensor(args.lr, device=run.device))  # a tensor, for update() to change
-    critic_opt = adam(critic.parameters(), args.lr)
-    value_opt = adam(value.parameters(), args.lr)
-    value_losses = lift(args.seeds, partial(value_loss, args), value, critic_target)
-    actor_losses = lift(args.seeds, partial(actor_loss, args), actor, value)
-    critic_losses = lift(args.seeds, partial(critic_loss, args), critic, value)
+    lr = torch.tensor(args.lr, device=run.device)  # the actor's: a tensor, for update() to change
+    groups = [{"params": actor.parameters(), "lr": lr}, {"params": [*critic.parameters(), *value.parameters()]}]
+    opt = torch.optim.Adam(groups, args.lr, fused=True, capturable=True)
+    all_losses = lift(args.seeds, partial(losses, args), actor, critic, value, critic_target)
 
-    def update():  # in the authors' order: actor and critic already see the new V
+    def update():
         batch = data.sample(args.batch_size, args.seeds)
-        loss_v, min_q = value_losses(batch)  # (), or (S,); (B,), or (S, B)
-        value_opt.zero_grad()
-        loss_v.sum().backward()
-        value_opt.step()
-
-        loss_pi = actor_losses(batch, min_q)
-        actor_opt.zero_grad()
-        loss_pi.sum().backward()
-        actor_opt.step()
-        progress = actor_opt.state[actor.log_std]["step"] / args.steps  # (), on the device: Adam's own count
-        actor_opt.param_groups[0]["lr"].copy_(args.lr / 2 * (1 + torch.cos(torch.pi * progress)))  # for the next update
-
-        loss_q = critic_losses(batch)
-        critic_opt.zero_grad()
-        loss_q.sum().backward()
-        critic_opt.step()
+        loss = all_losses(batch)  # three, () each or (S,)
+        opt.zero_grad()
+        sum(loss.values()).sum().backward()
+        opt.step()
         with torch.no_grad():  # or the targets would drag the whole history of the networks along
             torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
-        run.watch({"value_loss": loss_v, "actor_loss": loss_pi, "critic_loss": loss_q})
+            progress = opt.state[actor.log_std]["step"] / args.steps  # (), on the device: Adam's own count
+            opt.param_groups[0]["lr"].copy_(args.lr / 2 * (1 + torch.cos(torch.pi * progress)))  # for the next update
+        run.watch(loss)
 
     update = run.graphed(update)
     act = lift(args.seeds, policy, actor)
     state = dict(actor=actor, critic=critic, critic_target=critic_target, value=value)
-    for step in run.steps(data, **state, actor_opt=actor_opt, critic_opt=critic_opt, value_opt=value_opt):
+    for step in run.steps(data, **state, opt=opt):
         update()
         if run.due(step):
             run.report(step, data.evaluate(act, args.eval_episodes, args.seed, args.seeds))

@@ -102,7 +102,7 @@ def measure(script, seeds, device):
 
 def learned(state):
     """{name: tensor} of what a checkpoint's `state` holds, less the optimisers."""
-    items = {name: item for name, item in state.items() if not name.endswith("_opt")}
+    items = {name: item for name, item in state.items() if not name.endswith("opt")}
     items = {name: {"": item} if isinstance(item, torch.Tensor) else item for name, item in items.items()}
     return {f"{name}.{key}": value for name, item in items.items() for key, value in item.items()}
 

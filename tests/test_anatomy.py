@@ -43,7 +43,7 @@ def test_order(name):
     source = SOURCES[name]
     marks = ['"""', "\nimport ", "\nsys.path.insert(0", "\n@dataclass\nclass Args"]
     marks += ["\nTUNED = {"] if name in TUNED else []
-    marks += ["\nclass Actor(", "\ndef policy(", "_loss(", "\ndef train(args):"]
+    marks += ["\nclass Actor(", "\ndef policy(", "\ndef losses(" if name == "iql" else "_loss(", "\ndef train(args):"]
     marks += ['\nif __name__ == "__main__":\n    train(tyro.cli(Args))\n']
     places = [source.find(mark) for mark in marks]
     assert -1 not in places and places == sorted(places)

@@ -99,52 +99,41 @@ def log_density(mean, log_std, act):
     return np.log(np.prod(np.exp(-((act - mean) ** 2) / (2 * std**2)) / (std * np.sqrt(2 * np.pi)), -1))
 
 
-def test_iql_value(batch):
-    value, critic_target = iql.mlp(O, 256, 256, 1), iql.Critic(O, A)
-    obs, act, *_ = map(array, batch)
-    q = q_values(critic_target, obs, act).min(0)
-    u = q - forward(value, obs)[:, 0]
+@pytest.fixture
+def iql_nets():
+    """actor, critic, value, critic_target"""
+    nets = iql.Actor(O, A), iql.Critic(O, A), iql.mlp(O, 256, 256, 1), iql.Critic(O, A)
+    nets[0].log_std.data = torch.tensor([-0.5, 0.3, 2.5])
+    nets[3].layers[-1].weight.data *= 100  # so that some weights reach their bound
+    return nets
+
+
+def test_iql(batch, iql_nets):
+    actor, critic, value, critic_target = iql_nets
+    obs, act, rew, next_obs, done = map(array, batch)
+    u = q_values(critic_target, obs, act).min(0) - forward(value, obs)[:, 0]
     assert 0 < np.sum(u > 0) < B  # both sides of the expectile
-    expected = np.mean(np.where(u > 0, 0.9, 0.1) * u**2)
-    loss, min_q = iql.value_loss(iql.Args(expectile=0.9), batch, value, critic_target)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    np.testing.assert_allclose(array(min_q), q, rtol=1e-5, atol=1e-7)
-
-
-def test_iql_actor(batch):
-    actor, value = iql.Actor(O, A), iql.mlp(O, 256, 256, 1)
-    actor.log_std.data = torch.tensor([-0.5, 0.3, 2.5])
-    obs, act, *_ = map(array, batch)
-    min_q = torch.randn(B)
-    weight = np.exp(4.0 * (array(min_q) - forward(value, obs)[:, 0]))
+    target = rew + GAMMA * (1 - done) * forward(value, next_obs)[:, 0]
+    weight = np.exp(4.0 * u)
     assert 0 < np.sum(weight > 100) < B
     log_prob = log_density(np.tanh(forward(actor.net, obs)), np.array([-0.5, 0.3, 2.0]), act)
-    expected = -np.mean(np.minimum(weight, 100) * log_prob)
-    loss = iql.actor_loss(iql.Args(beta=4.0, dropout=0.0), batch, min_q, actor, value)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    expected = {
+        "value_loss": np.mean(np.where(u > 0, 0.9, 0.1) * u**2),
+        "critic_loss": sum(np.mean((q - target) ** 2) for q in q_values(critic, obs, act)),
+        "actor_loss": -np.mean(np.minimum(weight, 100) * log_prob),
+    }
+    losses = iql.losses(iql.Args(expectile=0.9, beta=4.0, dropout=0.0), batch, *iql_nets)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-5)
 
 
-def test_iql_critic(batch):
-    critic, value = iql.Critic(O, A), iql.mlp(O, 256, 256, 1)
-    obs, act, rew, next_obs, done = map(array, batch)
-    target = rew + GAMMA * (1 - done) * forward(value, next_obs)[:, 0]
-    expected = sum(np.mean((q - target) ** 2) for q in q_values(critic, obs, act))
-    assert iql.critic_loss(iql.Args(), batch, critic, value).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_iql_each_loss_trains_its_own(batch):
+def test_iql_each_loss_trains_its_own(batch, iql_nets):
     """What a loss is not meant to move gets no gradient from it."""
-    actor, critic, value, critic_target = iql.Actor(O, A), iql.Critic(O, A), iql.mlp(O, 256, 256, 1), iql.Critic(O, A)
-    args = iql.Args(expectile=0.7, beta=3.0, dropout=0.0)
-    loss, min_q = iql.value_loss(args, batch, value, critic_target)
-    losses = {value: loss, actor: iql.actor_loss(args, batch, min_q, actor, value)}
-    losses[critic] = iql.critic_loss(args, batch, critic, value)
-    nets = (actor, critic, value, critic_target)
-    for own, loss in losses.items():
-        for net in nets:
+    losses = iql.losses(iql.Args(expectile=0.7, beta=3.0, dropout=0.0), batch, *iql_nets)
+    for name, own in zip(("actor_loss", "critic_loss", "value_loss"), iql_nets):
+        for net in iql_nets:
             net.zero_grad()
-        loss.backward()
-        assert [net for net in nets if any(p.grad is not None for p in net.parameters())] == [own]
+        losses[name].backward()
+        assert [net for net in iql_nets if any(p.grad is not None for p in net.parameters())] == [own]
 
 
 def test_iql_dropout(batch):

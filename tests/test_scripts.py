@@ -122,7 +122,7 @@ def test_iql_schedule(small, monkeypatch):
     rates, watch = [], Run.watch
 
     def watch_rate(run, losses):
-        rates.append(run.state["actor_opt"].param_groups[0]["lr"].item())
+        rates.append(run.state["opt"].param_groups[0]["lr"].item())
         watch(run, losses)
 
     monkeypatch.setattr(Run, "watch", watch_rate)
