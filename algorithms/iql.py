@@ -55,7 +55,7 @@ class Args:
 
 TUNED = {  # "" for all tasks, then by family, then by task: configs/ of github.com/ikostrikov/implicit_q_learning
     "": dict(expectile=0.7, beta=3.0, dropout=0.0),
-    "antmaze": dict(expectile=0.9, beta=10.0),
+    **dict.fromkeys(("antmaze", "pointmaze", "stitch"), dict(expectile=0.9, beta=10.0)),  # the last two: as AntMaze
     **dict.fromkeys(("kitchen", "pen", "door", "hammer", "relocate"), dict(beta=0.5, dropout=0.1)),
 }
 

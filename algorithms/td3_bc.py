@@ -143,6 +143,7 @@ def lift(seeds, function, *nets):
 def train(args):
     run = Run(__file__, args)
     data = load(args.env, args.source, run.device, args.eval_env)
+    data.rew += data.task.rew_shift  # AntMaze: 0 at the goal, -1 before
     data.normalize_obs()  # (Eq. 4)
 
     O, A = data.obs_dim, data.act_dim

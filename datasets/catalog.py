@@ -35,7 +35,7 @@ class Task:
     obs_dim: int = 0  # of the data; 0: not known beforehand
     act_dim: int = 0
     d4rl_file: str = ""  # of D4RL's data, relative to its server
-    rew_shift: float = 0.0  # what the papers add to each reward of the data (AntMaze: -1); evaluation does not
+    rew_shift: float = 0.0  # what papers add to the rewards of the data (AntMaze: -1), as scripts do; scores do not
     refusal: str = ""  # why a policy for these data cannot be evaluated here
 
     def __post_init__(self):

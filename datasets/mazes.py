@@ -7,11 +7,13 @@ where the episode terminates, else 0, so a score is the success rate in percent.
 pointmaze: D4RL's maze2d in its maps, goals and time limits. The data are a wanderer's, as there: it heads for a random
 cell, then for another, until time is up or it happens to come to the goal: in 53, 35 and 18 % of the episodes.
 
-stitch: a corridor from the start S to the goal G with a side arm in its middle, M at its bottom.
+stitch: a winding corridor from the start S to J, and from there down to M and right to the goal G.
 
-    S . . . J . . . G      meet: trajectories S to M and M to G, which meet in the arm, in opposite directions.
-            .              gap:  trajectories S to X, between S and J, and M to G: nothing in the cell left of J.
-            M
+    . . . .                meet: trajectories S to M and M to G, which meet between J and M, in opposite directions.
+    .     .                gap:  trajectories S to X, the upper right corner, and M to G: nothing in the cell above J.
+    . S   J . G
+          .                The start lies behind a wall: to do there as the second half does elsewhere does not help,
+          M                nor does it help to do at J as the first half does.
 
 Those of the first half stay at M (or X) until they time out, so that who imitates them stays there too.
 """
@@ -27,7 +29,7 @@ from datasets.catalog import Task
 NOISE = 0.5  # standard deviation of the noise on actions, which are in [-1, 1]
 NEAR = 0.2  # of a cell: so close to its target the ball has arrived
 STAY = 50  # steps from arriving to the time-out of stitch's first half
-T_JUNCTION = ("###########", "#r       g#", "##### #####", "##### #####", "###########")
+WINDING = ("########", "#    ###", "# ## ###", "# r#  g#", "#### ###", "#### ###", "########")
 MAPS = {  # wall, start (an evaluation's), goal; D4RL's goals
     "pointmaze-umaze": ("#####", "#grr#", "###r#", "#rrr#", "#####"),
     "pointmaze-medium": (
@@ -51,12 +53,12 @@ MAPS = {  # wall, start (an evaluation's), goal; D4RL's goals
         "#rr#rrr#rgr#",
         "############",
     ),
-    "stitch-meet": T_JUNCTION,
-    "stitch-gap": T_JUNCTION,
+    "stitch-meet": WINDING,
+    "stitch-gap": WINDING,
 }
 LIMITS = dict(zip(MAPS, (300, 600, 800, 400, 400)))
 SIZES = {name: 100_000 if name.startswith("stitch") else 1_000_000 for name in MAPS}
-S, X, M, G = (1, 1), (1, 3.4), (3, 5), (1, 9)  # (row, column)
+S, X, M, G = (3, 2), (1, 4), (5, 4), (3, 6)  # (row, column)
 TRIPS = {"stitch-meet": ((S, M), (M, G)), "stitch-gap": ((S, X), (M, G))}  # trajectories from where to where, in turns
 
 
@@ -86,14 +88,15 @@ def make_task(name):
     env_args = {"maze_map": cells, "continuing_task": False}
     # The module's name is for a process that gets a task without having imported this module.
     env_id = "datasets.mazes:PointMazeFixedGoal-v3"
-    return Task(name, env_id, 0.0, 1.0, LIMITS[name], env_args, obs_keys=("observation",), obs_dim=4, act_dim=2)
+    spaces = {"obs_keys": ("observation",), "obs_dim": 4, "act_dim": 2}
+    return Task(name, env_id, 0.0, 1.0, LIMITS[name], env_args, rew_shift=-1.0, **spaces)  # as in AntMaze
 
 
 TASKS = {name: make_task(name) for name in MAPS}
 
 
 def center(maze_map, cell):
-    """The centre (x, y) of a cell (row, column), in the environment's coordinates; columns may be fractions."""
+    """The centre (x, y) of a cell (row, column), in the environment's coordinates; rows may be fractions."""
     return np.array([cell[1] + 0.5 - len(maze_map[0]) / 2, len(maze_map) / 2 - cell[0] - 0.5])
 
 
@@ -108,7 +111,7 @@ def find_cells(maze_map, *kinds):
 
 def find_ways(maze_map, target):
     """From every free cell the point to head for on the shortest way to `target`, {cell: (x, y)}. Breadth first."""
-    root = (target[0], round(target[1]))
+    root = (round(target[0]), target[1])
     ways, queue = {root: center(maze_map, target)}, [root]
     for i, j in queue:
         for cell in ((i, j + 1), (i, j - 1), (i + 1, j), (i - 1, j)):

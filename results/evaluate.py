@@ -30,6 +30,21 @@ class Args:
     noise: bool = False  # behaviour policies: sample the actions, as the data were collected, instead of the mean
 
 
+def load_agent(path, device="cpu"):
+    """A checkpoint as (what was saved, its script's module, an empty Dataset that evaluates and scores, the policy as
+    a function of normalized obs); of several agents, stacked."""
+    saved = load_checkpoint(path, device)
+    data = Dataset.buffer(Task(**saved["task"]), 0, device)
+    data.obs_mean, data.obs_std = saved["obs_mean"], saved["obs_std"]
+    script = importlib.import_module(f"algorithms.{saved['algorithm']}")
+    seeds = saved["args"].get("seeds", 1)
+    actors = [script.Actor(data.obs_dim, data.act_dim) for _ in range(seeds)]
+    actor = (script.stack(actors) if seeds > 1 else actors[0]).to(device)
+    actor.load_state_dict(saved["state"]["actor"])
+    policy = script.lift(seeds, script.policy, actor) if seeds > 1 else lambda obs: script.policy(obs, actor)
+    return saved, script, data, policy
+
+
 def evaluate(args):
     """Episode returns, (episodes,) or of several agents (seeds, episodes), and the Dataset that scores them."""
     if args.episodes <= 0:
@@ -46,15 +61,8 @@ def evaluate(args):
 
         seeds = 1
     else:
-        saved = load_checkpoint(args.checkpoint, device)
-        data = Dataset.buffer(Task(**saved["task"]), 0, device)
-        data.obs_mean, data.obs_std = saved["obs_mean"], saved["obs_std"]
-        script = importlib.import_module(f"algorithms.{saved['algorithm']}")
+        saved, _, data, policy = load_agent(args.checkpoint, device)
         seeds = saved["args"].get("seeds", 1)
-        actors = [script.Actor(data.obs_dim, data.act_dim) for _ in range(seeds)]
-        actor = (script.stack(actors) if seeds > 1 else actors[0]).to(device)
-        actor.load_state_dict(saved["state"]["actor"])
-        policy = script.lift(seeds, script.policy, actor) if seeds > 1 else lambda obs: script.policy(obs, actor)
 
     return data.evaluate(policy, args.episodes, args.seed, seeds), data
 

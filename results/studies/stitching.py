@@ -1,0 +1,78 @@
+"""Stitching: who reaches a goal that no single trajectory of the data reaches from the start?
+
+On the mazes stitch-meet, where trajectories from the start and trajectories to the goal share cells, and stitch-gap,
+where they do not: nothing in the data crosses the cells between them, and whoever arrives there has extrapolated.
+Success of 50 episodes after 20,000 updates, one seed; IQL with the expectiles 0.7 and 0.9. Values are AntMaze's, on
+which the scripts' TUNED model these mazes; to fit a CPU, CQL has batches of 128 and four sampled actions.
+
+Usage: make studies, or python results/studies/stitching.py
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from datasets import find_task, mazes
+from results.evaluate import load_agent
+from results.studies.common import keep, kept, once, rollout, save_figure, train
+
+STUDY, TASKS, STEPS, EPISODES, DRAWN = "stitching", ("stitch-meet", "stitch-gap"), 20_000, 50, 10
+METHODS = {
+    "IQL 0.7": ["iql", "--expectile", 0.7],
+    "IQL 0.9": ["iql", "--expectile", 0.9],
+    "CQL": ["cql", "--batch-size", 128, "--n-actions", 4],
+    "TD3+BC": ["td3_bc"],
+    "BC": ["bc"],
+    "10% BC": ["bc", "--top-fraction", 0.1],
+}
+
+
+def measure():
+    def stage(name, task):
+        script, *words = METHODS[name]
+        checkpoint = train(STUDY, f"{task} {name}", script, STEPS, "--env", task, "--eval-every", STEPS, *words)
+        _, _, data, policy = load_agent(checkpoint)
+        obs, rew = rollout(data, policy, EPISODES)
+        paths = []
+        for k in range(DRAWN):
+            end = rew[:, k].argmax() + 1 if rew[:, k].any() else len(rew)
+            paths.append(obs[np.linspace(0, end, 40).astype(int), k, :2].round(2).tolist())
+        return {"success": rew.sum(0).mean(), "paths": paths}
+
+    def measured(name, task):
+        return once(STUDY, f"{task} {name}", lambda: stage(name, task))
+
+    keep(STUDY, tasks={task: {name: measured(name, task) for name in METHODS} for task in TASKS})
+
+
+def findings():
+    tasks = kept(STUDY)["tasks"]
+    meet, gap = ({name: row["success"] for name, row in tasks[task].items()} for task in TASKS)
+    values, clones = list(METHODS)[:4], list(METHODS)[4:]
+    stitch = min(meet[name] for name in values) > 0.5 > max(meet[name] for name in clones)
+    none = max(gap.values()) < 0.1
+    text = [", ".join(f"{name} {row[name]:.0%}" for name in METHODS) for row in (meet, gap)]
+    return [
+        f"Expected on {TASKS[0]}: methods with values stitch, clones do not. "
+        f"{'So it is' if stitch else 'Not so for all'}: {text[0]}.",
+        f"Expected on {TASKS[1]}: nobody arrives. {'So it is' if none else 'Not so'}: {text[1]}.",
+    ]
+
+
+def draw():
+    import matplotlib.pyplot as plt
+
+    tasks = kept(STUDY)["tasks"]
+    figure, axes = plt.subplots(len(TASKS), len(METHODS), figsize=(2.6 * len(METHODS), 2.9 * len(TASKS) / 2 + 0.6))
+    for row, task in zip(axes, TASKS):
+        for axis, name in zip(row, METHODS):
+            paths = np.array(tasks[task][name]["paths"])  # (DRAWN, 40, 2)
+            mazes.draw(find_task(task, mazes.TASKS), paths.reshape(-1, 2), 40 * np.arange(1, DRAWN + 1), axis)
+            axis.set_title(f"{name}, {task.split('-')[1]}: {tasks[task][name]['success']:.0%}", fontsize=9)
+    save_figure(figure, STUDY)
+
+
+if __name__ == "__main__":
+    measure()
