@@ -7,7 +7,7 @@ READY := .venv/installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint datasets results bench bench-peers policies clean
+.PHONY: help install quickstart test lint datasets results studies bench bench-peers policies clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,6 +36,12 @@ datasets: $(READY)  ## collect every task that is missing (25 minutes, 3 GB), pr
 	$(PYTHON) results/table.py
 
 results: $(READY)  ## rebuild results/README.md, the README's table and the figures from results/runs/
+	$(PYTHON) results/table.py
+
+studies: $(READY)  ## train and measure what results/studies/ asks (hours on a CPU; goes on where it stopped)
+	$(PYTHON) results/studies/extrapolation.py
+	$(PYTHON) results/studies/cql_alpha.py
+	$(PYTHON) results/studies/stitching.py
 	$(PYTHON) results/table.py
 
 bench: $(READY)  ## updates per second of every script on this machine, into results/bench.json (minutes)

@@ -1,8 +1,9 @@
 """Rebuilds every table and figure from the records in results/runs/ and the published scores in results/reference.csv.
 
-Reads files only, and writes the same bytes from the same files: results/README.md, results/learning_curves.png, and
-the parts of README.md and datasets/README.md between `<!-- x -->` and `<!-- /x -->`. A cell is one algorithm
-on one task with equal source, fingerprint, steps and arguments; its seeds are averaged, and nothing else ever is.
+Reads files only, and writes the same bytes from the same files: results/README.md, results/learning_curves.png, the
+studies' pictures, and the parts of README.md and datasets/README.md between `<!-- x -->` and `<!-- /x -->`. A cell is
+one algorithm on one task with equal source, fingerprint, steps and arguments; its seeds are averaged, and nothing else
+ever is.
 
 Usage: make results
 """
@@ -11,6 +12,7 @@ import ast
 import csv
 import json
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -21,6 +23,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from results.studies import cql_alpha, extrapolation, stitching
+
 RESULTS = ROOT / "results"
 NAMES = {
     "bc": "BC",
@@ -199,6 +204,19 @@ def draw_curves(cells, published):
     figure.savefig(RESULTS / "learning_curves.png", dpi=110, metadata={"Software": None})
 
 
+def study_sections():
+    """What the studies measured: each one's question, picture and findings. One not yet measured is left out."""
+    sections = []
+    for study in (extrapolation, cql_alpha, stitching):
+        if not (RESULTS / "studies" / f"{study.STUDY}.json").exists():
+            continue
+        study.draw()
+        question, about = study.__doc__.split("\nUsage:")[0].strip().split("\n", 1)
+        findings = "\n".join(f"- {sentence}" for sentence in study.findings())
+        sections.append(f"### {question}\n{about}\n\n![{study.STUDY}](studies/{study.STUDY}.png)\n\n{findings}")
+    return "\n\n".join(sections)
+
+
 def script_table():
     """One row a script: its length and the first line of its docstring."""
     lines = ["| script | lines | paper |", "| --- | ---: | --- |"]
@@ -260,6 +278,13 @@ in one run; medians of the rounds. An update draws its batch; "one fixed batch" 
 compared with ours that does.
 
 {peers}
+
+## Studies
+
+`make studies` runs the scripts, reads their checkpoints and keeps what it measures in [studies/](studies), from which
+pictures and findings are made.
+
+{study_sections()}
 
 ## Every run
 

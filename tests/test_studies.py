@@ -1,0 +1,116 @@
+import numpy as np
+import pytest
+import torch
+
+from algorithms import cql, td3_bc
+from datasets import UserError, find_task
+from results.run import load_checkpoint
+from results.studies import common, cql_alpha, extrapolation, stitching
+from results.studies.common import once, runs_of, train, value_and_truth
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "STUDIES", tmp_path)
+    return tmp_path
+
+
+def test_once():
+    """A second call reads what the first measured; one that failed has left nothing."""
+    with pytest.raises(ZeroDivisionError):
+        once("study", "a run", lambda: 1 / 0)
+    assert once("study", "a run", lambda: {"score": 0.1 + 0.2}) == {"score": 0.1 + 0.2}
+    assert once("study", "a run", lambda: 1 / 0) == {"score": 0.1 + 0.2}
+    assert once("study", "another run", lambda: 5) == 5
+    assert [path.name for path in sorted(runs_of("study", "x").parent.iterdir())] == ["a_run.json", "another_run.json"]
+
+
+def test_train_goes_on(small):
+    words = "--env", small, "--eval-every", 100, "--eval-episodes", 1
+    first = load_checkpoint(train("study", "a run", "bc", 10, *words))
+    second = load_checkpoint(train("study", "a run", "bc", 20, *words))
+    assert (first["step"], second["step"]) == (10, 20)
+    assert [point["step"] for point in second["curve"]] == [10, 20]
+    with pytest.raises(UserError, match="bc.py stopped; 'make studies' goes on"):
+        train("study", "a run", "bc", 15, *words)
+
+
+@pytest.mark.parametrize("module, words", [(td3_bc, ()), (cql, ("--n-actions", 2, "--critic-layers", 2))])
+def test_value_and_truth(module, words, small):
+    """Against one episode at a time, with the networks taken out of the checkpoint by hand."""
+    name = module.__name__.split(".")[-1]
+    checkpoint = train("study", name, name, 20, "--env", small, "--eval-episodes", 1, "--gamma", 0.9, *words)
+    measured = value_and_truth(checkpoint, episodes=2)
+    saved = load_checkpoint(checkpoint)
+    actor, critic = module.Actor(17, 6), module.Critic(17, 6, *([2] if module is cql else []))
+    actor.load_state_dict(saved["state"]["actor"])
+    critic.load_state_dict(saved["state"]["critic"])
+    env, scores, promises, truths = find_task("halfcheetah-medium").make_env(), [], [], []
+    for seed in (0, 1):
+        obs, _ = env.reset(seed=seed)
+        rews, over = [], False
+        while not over:
+            x = ((torch.tensor(obs, dtype=torch.float32) - saved["obs_mean"]) / saved["obs_std"])[None]
+            with torch.no_grad():
+                act = module.policy(x, actor)
+                if not rews:
+                    promises.append(critic(x, act).min().item())
+            obs, rew, terminated, truncated, _ = env.step(act[0].numpy())
+            rews.append(rew)
+            over = terminated or truncated
+        scores.append(find_task("halfcheetah-medium").score(sum(rews)))
+        truths.append(sum(0.9**t * rew for t, rew in enumerate(rews)))
+    expected = {"score": np.mean(scores), "promise": np.mean(promises), "truth": np.mean(truths)}
+    assert measured == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def curve(promises, truth, score):
+    return [
+        {"step": step, "promise": promise, "truth": truth, "score": score, "outside": 0.5}
+        for step, promise in zip((100, 200, 500), promises)
+    ]
+
+
+def test_divergence():
+    assert extrapolation.divergence(curve((1, 200, 300), 10, 0)) == 200
+    assert extrapolation.divergence(curve((1, 200, 15), 10, 0)) is None
+    assert extrapolation.divergence(curve((-200, -200, -200), -10, 0)) == 100
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_findings_of_extrapolation(expected, folder):
+    curves = {
+        "SAC (offline)": curve((1, 2000, 3e6) if expected else (1, 11, 12), 10, -1.0),
+        "BC": curve((None, None, None), 300, 42.0 if expected else 20.0),
+        "TD3+BC": curve((1, 200, 350), 300, 44.0),
+        "CQL": curve((1, 150, 250) if expected else (1, 350, 250), 300, 43.0),
+    }
+    common.keep(extrapolation.STUDY, curves=curves)
+    verdicts = [sentence.split(". ")[1][:6] for sentence in extrapolation.findings()[:3]]
+    assert verdicts == (["So it "] * 3 if expected else ["Not so"] * 3)
+    extrapolation.draw()
+    assert (folder / "extrapolation.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_findings_of_cql_alpha(expected, folder):
+    rows = [(0.1, -1, 5000, 10), (1, 45, 300, 290), (10, 41 if expected else 50, 200 if expected else 400, 280)]
+    points = [dict(zip(("alpha", "score", "promise", "truth"), row)) for row in rows]
+    common.keep(cql_alpha.STUDY, clone={"score": 40}, points=points)
+    verdicts = [sentence.split(". ")[1][:6] for sentence in cql_alpha.findings()]
+    assert verdicts == (["So it "] * 2 if expected else ["Not so"] * 2)
+    cql_alpha.draw()
+    assert (folder / "cql_alpha.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_findings_of_stitching(expected, folder):
+    paths = np.zeros((stitching.DRAWN, 40, 2)).tolist()
+    success = {name: float("BC" not in name or "TD3" in name) for name in stitching.METHODS}
+    meet = {name: {"success": s if expected else 1.0, "paths": paths} for name, s in success.items()}
+    gap = {name: {"success": 0.0 if expected else 1.0, "paths": paths} for name in success}
+    common.keep(stitching.STUDY, tasks={"stitch-meet": meet, "stitch-gap": gap})
+    verdicts = [sentence.split(". ")[1][:6] for sentence in stitching.findings()]
+    assert verdicts == (["So it "] * 2 if expected else ["Not so"] * 2)
+    stitching.draw()
+    assert (folder / "stitching.png").stat().st_size > 10_000
