@@ -180,8 +180,11 @@ def speed_tables():
 def draw_curves(cells, published):
     """Mean score over training, the seeds' range shaded, the published score as a dotted line; one panel a task."""
     tasks = sorted({(env, source) for (env, source, *_), _ in cells})
-    figure, axes = plt.subplots(1, len(tasks), figsize=(1.5 + 5.5 * len(tasks), 3.6), squeeze=False)
-    for axis, task in zip(axes[0], tasks):
+    rows = -(-len(tasks) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(16, 3.6 * rows), squeeze=False)
+    for axis in axes.flat[len(tasks) :]:
+        axis.axis("off")
+    for axis, task in zip(axes.flat, tasks):
         for (env, source, name, changed, *_), records in cells:
             if (env, source) != task:
                 continue
