@@ -7,7 +7,7 @@ READY := .venv/installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint datasets results studies bench bench-peers policies clean
+.PHONY: help install quickstart test test-ray lint datasets results reproduce studies bench bench-peers policies clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -26,6 +26,10 @@ quickstart: $(READY)  ## install, collect a dataset, train TD3+BC on it, print i
 test: $(READY) lint  ## the test suite
 	$(PYTHON) -m pytest
 
+test-ray: $(READY)  ## the grid's runner on a real local Ray, which it installs
+	$(PYTHON) -m pip install --disable-pip-version-check -r requirements-ray.txt
+	$(PYTHON) -m pytest tests/test_ray.py
+
 lint: $(READY)  ## ruff: style and unused code
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -36,6 +40,12 @@ datasets: $(READY)  ## collect every task that is missing (25 minutes, 3 GB), pr
 	$(PYTHON) results/table.py
 
 results: $(READY)  ## rebuild results/README.md, the README's table and the figures from results/runs/
+	$(PYTHON) results/table.py
+
+reproduce: $(READY)  ## run what is missing of the grid ALGOS x ENVS x SEEDS at STEPS updates (RUNNER=ray: on a cluster)
+	$(PYTHON) results/reproduce.py $(if $(ALGOS),--algos $(ALGOS)) $(if $(ENVS),--envs $(ENVS)) \
+	  $(if $(SEEDS),--seeds $(SEEDS)) $(if $(STEPS),--steps $(STEPS)) $(if $(SOURCE),--source $(SOURCE)) \
+	  $(if $(RUNNER),--runner $(RUNNER))
 	$(PYTHON) results/table.py
 
 studies: $(READY)  ## train and measure what results/studies/ asks (hours on a CPU; goes on where it stopped)

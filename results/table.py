@@ -276,8 +276,8 @@ agents, 10 episodes each, and its share of a run that evaluates every 5,000 upda
 
 {scripts}
 
-`make bench-peers`: the update of TD3+BC, and that of CQL, with the same data, batch size, widths and device, in turns
-in one run; medians of the rounds. An update draws its batch; "one fixed batch" is d3rlpy's update without that,
+`make bench-peers`: the updates of TD3+BC, IQL and CQL with the same data, batch size, widths and device, in turns in
+one run; medians of the rounds. An update draws its batch; "one fixed batch" is d3rlpy's update without that,
 compared with ours that does.
 
 {peers}

@@ -1,0 +1,129 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+from datasets import collect, find_task, sources
+from results import reproduce
+from results.reproduce import Args, Job, find_jobs
+
+GRID = ["--algos", "bc", "--envs", "stitch-gap", "--seeds", "0", "1", "--steps", "6000"]
+TIMES = ("seconds", "eval_seconds", "memory_mb")
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of the project without records, and a small stitch-gap in the cache."""
+    task = find_task("stitch-gap")
+    collect.collect(task, sources.collected_file(task), 3000)
+    root = tmp_path / "project"
+    root.mkdir()
+    subprocess.run(["cp", "-r", "algorithms", "datasets", "results", root], cwd=ROOT, check=True)
+    subprocess.run(["rm", "-r", root / "results" / "runs"], check=True)
+    (root / "results" / "runs").mkdir()
+    return root
+
+
+def launch(root, *words, runs=None):
+    """`results/reproduce.py` as a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "results/reproduce.py", *(words or GRID)],
+        cwd=root,
+        env=os.environ | ({"RUNS_DIR": str(runs)} if runs else {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def records(root):
+    found = {}
+    for path in (root / "results" / "runs").rglob("*.json"):
+        record = json.loads(path.read_text())
+        found[str(path.relative_to(root))] = {key: value for key, value in record.items() if key not in TIMES}
+    return found
+
+
+def test_killed_and_started_again(project, tmp_path):
+    """Killed at random moments, runner and all, and started again: the same records as without."""
+    out, err = launch(project, runs=tmp_path / "undisturbed").communicate(timeout=200)
+    assert "0 runs left" in out and "Nothing is left" in out, err
+    expected = records(project)
+    assert len(expected) == 2
+    subprocess.run(["rm", "-r", project / "results" / "runs"], check=True)
+    rng = random.Random(0)
+    for _ in range(int(os.environ.get("KILLS", 3))):
+        process = launch(project)
+        time.sleep(rng.uniform(3, 9))
+        process.kill()  # the runner alone: its runs must end with it
+        process.communicate()
+    process = launch(project)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert records(project) == expected
+
+
+def test_ctrl_c(project):
+    process = launch(project)
+    while not any((project.parent / "runs").rglob("events*")):  # a run trains
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.strip().splitlines()[-1] == "error: Stopped, and the runs are saved; the same command goes on."
+    assert any((project.parent / "runs").rglob("checkpoint.pt"))
+
+
+def test_one_that_fails_does_not_stop_the_others(project):
+    (project / "algorithms" / "td3_bc.py").write_text("raise SystemExit('error: no such luck')\n")
+    process = launch(project, "--algos", "td3_bc", "bc", "--envs", "stitch-gap", "--seeds", "0", "--steps", "20")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert err.strip().splitlines()[-1] == ("error: 1 of 2 runs failed: td3_bc stitch-gap seed 0: error: no such luck")
+    assert list(records(project)) == ["results/runs/bc/collected/stitch-gap/seed=0,steps=20.json"]
+
+
+def test_find_jobs(tmp_path, monkeypatch):
+    """Only what has no record of these data; seeds outermost, or consecutive ones together."""
+    monkeypatch.setattr(reproduce, "RECORDS", tmp_path)
+    args = Args(algos=("bc", "10bc"), envs=("a", "b"), seeds=(0, 1, 2, 3), steps=50)
+
+    def job(algo, env, seed, seeds=1):
+        return Job(algo, env, seed, seeds, 50, "collected", f"data of {env}")
+
+    recorded = {job("10bc", "a", 1): "data of a", job("bc", "b", 0): "data of b", job("bc", "b", 2): "older data"}
+    for done, of in recorded.items():
+        (path,) = done.records
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"fingerprint": of}))
+    assert path.name == "seed=2,steps=50.json"
+    fingerprints = {env: f"data of {env}" for env in args.envs}
+    everything = [job(algo, env, seed) for seed in range(4) for algo in args.algos for env in args.envs]
+    everything.remove(job("10bc", "a", 1))
+    everything.remove(job("bc", "b", 0))
+    assert find_jobs(args, fingerprints, together=False) == everything
+    assert set(find_jobs(args, fingerprints, together=True)) == {
+        job("bc", "a", 0, 4),
+        job("bc", "b", 1, 3),
+        job("10bc", "a", 0, 1),
+        job("10bc", "a", 2, 2),
+        job("10bc", "b", 0, 4),
+    }
+    assert job("10bc", "a", 2, 2).records[1].name == "seed=3,top_fraction=0.1,steps=50.json"
+
+
+def test_places_are_those_of_the_scripts(project):
+    """The runner looks for records and checkpoints where the scripts put them."""
+    job = Job("10bc", "stitch-gap", 1, 2, 20, "collected", "x")
+    subprocess.run([*job.command(project, "cpu"), "--record"], env=os.environ | {"RUNS_DIR": str(job.runs)}, check=True)
+    assert (job.folder / "checkpoint.pt").exists()
+    ours = {path.relative_to(reproduce.ROOT) for path in job.records}
+    assert {path.relative_to(project) for path in (project / "results" / "runs").rglob("*.json")} == ours
+    assert "--resume" in job.command(project, "cpu")
