@@ -66,14 +66,12 @@ class Args:
 
 
 # With a threshold, CORL's alpha has a factor that starts at e. Left out: it rescales hopper-medium's rewards.
+ANTMAZE = dict(actor_lr=1e-4, alpha=5.0 * np.e, threshold=0.8, gap_min=-200.0, max_target=True)
+ANTMAZE |= dict(critic_layers=5, normalize=False, rew_scale=10.0, rew_shift=-5.0)
 TUNED = {  # "" for all tasks, then by family, then by task: configs/offline/cql of github.com/corl-team/CORL
     "": dict(actor_lr=3e-5, alpha=10.0, threshold=-1.0, gap_min=-1e9, max_target=False)
     | dict(critic_layers=3, normalize=True, rew_scale=1.0, rew_shift=0.0),
-    **dict.fromkeys(  # the last two: as AntMaze
-        ("antmaze", "pointmaze", "stitch"),
-        dict(actor_lr=1e-4, alpha=5.0 * np.e, threshold=0.8, gap_min=-200.0, max_target=True)
-        | dict(critic_layers=5, normalize=False, rew_scale=10.0, rew_shift=-5.0),
-    ),
+    **dict.fromkeys(("antmaze", "pointmaze", "stitch"), ANTMAZE),  # the last two, this repository's, as the first
     "maze2d": dict(alpha=10.0 * np.e, threshold=5.0),
     **dict.fromkeys(("pen", "door", "hammer", "relocate"), dict(actor_lr=1e-4, alpha=1.0)),
 }

@@ -143,13 +143,14 @@ class Dataset:
 
     @torch.no_grad()
     @one_thread()
-    def evaluate(self, policy, episodes, seed, seeds=1):
+    def evaluate(self, policy, episodes, seed, seeds=1, rewards=False):
         """Returns of `episodes` episodes, (episodes,) float64; of several agents, (seeds, episodes). None where the
         task has no environment.
 
         `policy` maps normalized obs (episodes, O) to act (episodes, A); of several agents, with leading axis (seeds,).
         The episodes of all agents run side by side with one policy call a step. The same seed gives the same start
-        states, so that two evaluations of a run differ by the policy alone; agent k's are those of seed + k.
+        states, so that two evaluations of a run differ by the policy alone; agent k's are those of seed + k. With
+        `rewards`, the policy is also given the reward (episodes,) of the step before, 0 at first.
         """
         shape = (episodes,) if seeds == 1 else (seeds, episodes)
         if not self.task.evaluable:
@@ -159,11 +160,12 @@ class Dataset:
             self._envs = n, make_envs(self.task, n)
         envs = self._envs[1]
         obs = envs.reset(np.add.outer(1000 * (seed + np.arange(seeds)), np.arange(episodes)).ravel())
-        returns, running = np.zeros(n), np.ones(n, bool)
+        rew, returns, running = np.zeros(n), np.zeros(n), np.ones(n, bool)
         while running.any():
             x = torch.as_tensor(obs, dtype=torch.float32, device=self.rows.device)
             x = ((x - self.obs_mean) / self.obs_std).view(*shape, self.obs_dim)
-            act = policy(x)
+            more = [torch.as_tensor(rew, dtype=torch.float32, device=x.device).view(shape)] if rewards else []
+            act = policy(x, *more)
             act = act.long().view(n) if self.n_actions else act.clamp(-1, 1).view(n, self.act_dim)
             act = act.cpu().numpy()
             if not np.isfinite(act).all():

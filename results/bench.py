@@ -30,9 +30,9 @@ from results.run import choose_device, code_version, load_checkpoint
 FILE = ROOT / "results" / "bench.json"
 # Updates of one agent on a CPU, about ten seconds; S agents take a share of them. CUDA runs CUDA_FACTOR as many.
 UPDATES = {"bc": 6000, "td3_bc": 2000, "iql": 1500, "awac": 1000, "rebrac": 200}
-UPDATES |= {"cql": 200, "offline_sac": 1000, "sac_n": 200, "edac": 100, "sac": 1500}
+UPDATES |= {"cql": 200, "offline_sac": 1000, "sac_n": 200, "edac": 100, "dt": 100, "sac": 1500}
 CUDA_FACTOR = {"bc": 50, "td3_bc": 100, "iql": 100, "awac": 100, "rebrac": 300}
-CUDA_FACTOR |= {"cql": 200, "offline_sac": 100, "sac_n": 300, "edac": 300, "sac": 8}
+CUDA_FACTOR |= {"cql": 200, "offline_sac": 100, "sac_n": 300, "edac": 300, "dt": 200, "sac": 8}
 ONLINE = ("sac",)  # in which a seed is a run
 
 

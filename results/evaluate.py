@@ -42,6 +42,8 @@ def load_agent(path, device="cpu"):
     actor = (script.stack(actors) if seeds > 1 else actors[0]).to(device)
     actor.load_state_dict(saved["state"]["actor"])
     policy = script.lift(seeds, script.policy, actor) if seeds > 1 else lambda obs: script.policy(obs, actor)
+    if hasattr(script, "Rollout"):  # a policy with a memory, for one evaluation
+        policy = script.Rollout(script.Args(**saved["args"]), data.act_dim, policy, saved["args"]["target"])
     return saved, script, data, policy
 
 
@@ -59,12 +61,12 @@ def evaluate(args):
             noise = args.noise * np.exp(log_std) * rng.standard_normal(mean.shape, np.float32)
             return torch.from_numpy(np.tanh(mean + noise))
 
-        seeds = 1
+        seeds, rewards = 1, False
     else:
-        saved, _, data, policy = load_agent(args.checkpoint, device)
-        seeds = saved["args"].get("seeds", 1)
+        saved, script, data, policy = load_agent(args.checkpoint, device)
+        seeds, rewards = saved["args"].get("seeds", 1), hasattr(script, "Rollout")
 
-    return data.evaluate(policy, args.episodes, args.seed, seeds), data
+    return data.evaluate(policy, args.episodes, args.seed, seeds, rewards), data
 
 
 if __name__ == "__main__":

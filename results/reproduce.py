@@ -29,7 +29,7 @@ from datasets import UserError, load, write_whole
 from results.run import code_version
 
 RECORDS = ROOT / "results" / "runs"
-ALGOS = {name: [name] for name in ("bc", "td3_bc", "iql", "awac", "cql", "rebrac", "sac_n", "edac")}
+ALGOS = {name: [name] for name in ("bc", "td3_bc", "iql", "awac", "cql", "rebrac", "sac_n", "edac", "dt")}
 ALGOS["10bc"] = ["bc", "--top-fraction", "0.1"]
 BODIES, QUALITIES = ("halfcheetah", "hopper", "walker2d"), ("medium", "medium-replay", "medium-expert")
 

@@ -37,6 +37,7 @@ NAMES = {
     "offline_sac": "SAC (offline)",
     "sac_n": "SAC-N",
     "edac": "EDAC",
+    "dt": "DT",
     "sac": "SAC (online)",
 }
 COLORS = {
@@ -50,6 +51,7 @@ COLORS = {
     "SAC (offline)": "tab:brown",
     "SAC-N": "tab:pink",
     "EDAC": "tab:purple",
+    "DT": "black",
 }
 
 

@@ -20,6 +20,7 @@ BUDGETS = {  # lines
     "offline_sac": 195,
     "sac_n": 220,
     "edac": 240,
+    "dt": 280,
     "sac": 190,
 }
 TUNED = tuple(name for name in SOURCES if "\nTUNED = {" in SOURCES[name])
@@ -87,7 +88,7 @@ def test_same_text():
     """What stands in several scripts is the same to the letter, so that a reader need read it once."""
     squashed = ("offline_sac", "sac_n", "edac")
     for name, scripts in [
-        ("mlp", SOURCES),
+        ("mlp", set(SOURCES) - {"dt"}),
         ("stack", LIFTED),
         ("lift", LIFTED),
         ("Actor", ("bc", "td3_bc")),

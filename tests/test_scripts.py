@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, fails, start
 
-from algorithms import awac, bc, cql, edac, iql, offline_sac, rebrac, sac, sac_n, td3_bc
+from algorithms import awac, bc, cql, dt, edac, iql, offline_sac, rebrac, sac, sac_n, td3_bc
 from datasets import TASKS, UserError, find_task
 from datasets.minari_io import export_minari
 from results import evaluate
@@ -30,11 +30,13 @@ SCRIPTS = {  # those that learn from fixed data
     "offline_sac": offline_sac,
     "sac_n": sac_n,
     "edac": edac,
+    "dt": dt,
 }
 QUICK = {  # arguments that spare time, and use more of the code
     cql: {"n_actions": 2, "critic_layers": 1, "threshold": 5.0, "bc_steps": 5},
     sac_n: {"n_critics": 4},
     edac: {"n_critics": 4},
+    dt: {"context": 5},
 }
 
 

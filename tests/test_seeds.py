@@ -30,7 +30,9 @@ def state_of(run):
 def test_seeds_do_not_leak(name, small, monkeypatch, request):
     """Agent k of 3, and agent k alone with its parameters, batches and noise: equal to 1e-9 after 50 updates."""
     script, starts, batches, ends = SCRIPTS[name], [], [], []
-    stack, sample, load = script.stack, Dataset.sample, script.load
+    stack, load = script.stack, script.load
+    source, sampler = (script, "sample_sequences") if name == "dt" else (Dataset, "sample")
+    sample = getattr(source, sampler)
 
     def load_double(*words):
         data = load(*words)
@@ -47,17 +49,19 @@ def test_seeds_do_not_leak(name, small, monkeypatch, request):
 
     monkeypatch.setattr(script, "load", load_double)
     monkeypatch.setattr(script, "stack", keep_starts)
-    monkeypatch.setattr(Dataset, "sample", keep_batches)
-    monkeypatch.setattr(Dataset, "evaluate", lambda self, policy, episodes, seed, seeds: np.zeros((seeds, episodes)))
+    monkeypatch.setattr(source, sampler, keep_batches)
+    monkeypatch.setattr(Dataset, "evaluate", lambda self, _, episodes, seed, seeds, **_k: np.zeros((seeds, episodes)))
     for noise in ("randn_like", "rand_like"):  # each agent's own, by its batch; steeper, it would blow rounding up
         monkeypatch.setattr(torch, noise, torch.sin)
     monkeypatch.setattr(Run, "_save", lambda run: ends.append(state_of(run)))
     request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     torch.set_default_dtype(torch.float64)  # also of what is not in a network: log_alpha
-    args = arguments(script, small, steps=50, eval_every=50, batch_size=32)
+    args = arguments(
+        script, small, steps=50, eval_every=50, batch_size=32, **({"dropout": 0.0} if name == "dt" else {})
+    )
     script.train(dataclasses.replace(args, seeds=3))
     together, starts_together, batches_together = ends.pop(), list(starts), list(batches)
-    assert len(batches_together) == 50 and batches_together[0].obs.shape == (3, 32, 17)
+    assert len(batches_together) == 50 and batches_together[0].act.shape[:2] == (3, 32)
     assert not torch.equal(batches_together[0].obs[0], batches_together[0].obs[1])
     for agent in range(3):
         own_starts = [states[agent] for states in starts_together]
@@ -68,7 +72,7 @@ def test_seeds_do_not_leak(name, small, monkeypatch, request):
             return nets[0]
 
         monkeypatch.setattr(script, "stack", load_starts)
-        monkeypatch.setattr(Dataset, "sample", lambda *words, own_batches=own_batches: own_batches.pop(0))
+        monkeypatch.setattr(source, sampler, lambda *words, own_batches=own_batches: own_batches.pop(0))
         script.train(args)
         alone = ends.pop()
         assert alone

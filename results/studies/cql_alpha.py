@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from results.studies.common import keep, kept, once, save_figure, train, value_and_truth
 
 STUDY, TASK, STEPS = "cql_alpha", "halfcheetah-medium-replay", 10_000
-ALPHAS = 1e-3, 0.1, 1.0, 3.0, 10.0, 100.0  # the first stands for 0, which has no logarithm
+ALPHAS = 1e-3, 1.0, 5.0, 20.0, 100.0  # the first stands for 0, which has no logarithm
 SETTINGS = ["--env", TASK, "--batch-size", 128, "--eval-every", STEPS]
 CQL = ["--n-actions", 4, "--actor-lr", 3e-4]
 

@@ -20,7 +20,7 @@ from results.evaluate import load_agent
 from results.studies.common import keep, kept, normalized, once, save_figure, train, value_and_truth
 
 STUDY, TASK = "extrapolation", "halfcheetah-medium"
-STEPS = 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000
+STEPS = 100, 200, 500, 1000, 2000, 5000, 10_000
 SCRIPTS = {"SAC (offline)": "offline_sac", "BC": "bc", "TD3+BC": "td3_bc", "CQL": "cql"}
 COLORS = {"SAC (offline)": "tab:brown", "BC": "tab:gray", "TD3+BC": "tab:blue", "CQL": "tab:red"}
 
