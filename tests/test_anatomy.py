@@ -126,9 +126,9 @@ def test_same_text():
         "resume",
         "record",
     ):
-        texts = {args[field] for args in fields if field in args}
-        assert len({text for text in texts if "None" not in text}) == 1, field  # None: TUNED has it
-    assert len({SOURCES[name].split("        if run.due(step):\n")[1] for name in LIFTED}) == 1
+        texts = {re.sub(r" = [^#]*", "", args[field]) for args in fields if field in args}  # type and comment
+        assert len({text for text in texts if "None" not in text}) == 1, (field, texts)  # None: TUNED has it
+    assert len({SOURCES[name].split("        if run.due(step):\n")[1] for name in set(LIFTED) - {"dt"}}) == 1
 
 
 def test_sac_n_and_edac():
