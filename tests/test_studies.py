@@ -21,8 +21,13 @@ def test_once():
         once("study", "a run", lambda: 1 / 0)
     assert once("study", "a run", lambda: {"score": 0.1 + 0.2}) == {"score": 0.1 + 0.2}
     assert once("study", "a run", lambda: 1 / 0) == {"score": 0.1 + 0.2}
-    assert once("study", "another run", lambda: 5) == 5
-    assert [path.name for path in sorted(runs_of("study", "x").parent.iterdir())] == ["a_run.json", "another_run.json"]
+    assert once("study", "a run 0.7", lambda: 5) == 5
+    assert once("study", "a run 0.9", lambda: 6) == 6
+    assert [path.name for path in sorted(runs_of("study", "x").parent.iterdir())] == [
+        "a_run.json",
+        "a_run_0.7.json",
+        "a_run_0.9.json",
+    ]
 
 
 def test_train_goes_on(small):

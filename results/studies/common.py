@@ -24,7 +24,7 @@ STUDIES = ROOT / "results" / "studies"
 
 def once(study, name, measure):
     """`measure()`, a value that JSON can hold; from its file if it has been measured before."""
-    path = runs_of(study, name).with_suffix(".json")
+    path = runs_of(study, f"{name}.json")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(measure()).encode())
