@@ -24,7 +24,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from results.studies import cql_alpha, extrapolation, stitching
+from results.studies import cql_alpha, extrapolation, return_conditioning, stitching
 
 RESULTS = ROOT / "results"
 NAMES = {
@@ -212,7 +212,7 @@ def draw_curves(cells, published):
 def study_sections():
     """What the studies measured: each one's question, picture and findings. One not yet measured is left out."""
     sections = []
-    for study in (extrapolation, cql_alpha, stitching):
+    for study in (extrapolation, cql_alpha, stitching, return_conditioning):
         if not (RESULTS / "studies" / f"{study.STUDY}.json").exists():
             continue
         study.draw()

@@ -5,7 +5,7 @@ import torch
 from algorithms import cql, td3_bc
 from datasets import UserError, find_task
 from results.run import load_checkpoint
-from results.studies import common, cql_alpha, extrapolation, stitching
+from results.studies import common, cql_alpha, extrapolation, return_conditioning, stitching
 from results.studies.common import once, runs_of, train, value_and_truth
 
 
@@ -23,11 +23,8 @@ def test_once():
     assert once("study", "a run", lambda: 1 / 0) == {"score": 0.1 + 0.2}
     assert once("study", "a run 0.7", lambda: 5) == 5
     assert once("study", "a run 0.9", lambda: 6) == 6
-    assert [path.name for path in sorted(runs_of("study", "x").parent.iterdir())] == [
-        "a_run.json",
-        "a_run_0.7.json",
-        "a_run_0.9.json",
-    ]
+    names = ["a_run.json", "a_run_0.7.json", "a_run_0.9.json"]
+    assert sorted(path.name for path in runs_of("study", "x").parent.iterdir()) == names
 
 
 def test_train_goes_on(small):
@@ -119,3 +116,14 @@ def test_findings_of_stitching(expected, folder):
     assert verdicts == (["So it "] * 2 if expected else ["Not so"] * 2)
     stitching.draw()
     assert (folder / "stitching.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_findings_of_return_conditioning(expected, folder):
+    row = {"asked": [0, 1, 2, 3], "mean": [0, 1, 2, 1] if expected else [1, 0, 1, 9], "std": [0.1] * 4}
+    range_of_data = {"low": 0.5, "middle": 1.5, "high": 1.9, "best": 2}
+    common.keep(return_conditioning.STUDY, tasks={"a": row | range_of_data, "b": row | range_of_data})
+    verdicts = [sentence.split(". ")[1][:6] for sentence in return_conditioning.findings()]
+    assert verdicts == (["So it "] * 2 if expected else ["Not so"] * 2)
+    return_conditioning.draw()
+    assert (folder / "return_conditioning.png").stat().st_size > 10_000
