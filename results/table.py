@@ -21,6 +21,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy.stats import spearmanr, trim_mean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -95,6 +96,78 @@ def score_table(cells, published):
         score += "" if records[0].get("normalized", True) else " (return)"
         name = " ".join((name, *changed))
         lines.append(f"| {env} | {name} | {score} | {len(records)} | {steps:,} | {source} | {theirs} |")
+    return "\n".join(lines)
+
+
+def grid_table(cells, published):
+    """Tasks x algorithms: of each the longest runs with the published arguments, and below them the published score."""
+    longest = {}  # (source, env, name): (steps, records)
+    for (env, source, name, changed, steps, *_), records in cells:
+        if not changed and steps >= longest.get((source, env, name), (0,))[0]:
+            longest[source, env, name] = steps, records
+    names = [name for name in COLORS if any(key[2] == name for key in longest)]
+    lines = ["| task, data | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for source, env in sorted({key[:2] for key in longest}, key=lambda key: (key[0], place_of(key[1]))):
+        line = [f"{env}<br><sub>{source}; published</sub>"]
+        for name in names:
+            cell, (steps, records) = "", longest.get((source, env, name), (0, []))
+            if records:
+                score = mean_and_deviation([record["score"] for record in records])
+                cell = f"{score}<br><sub>{len(records)} x {steps // 1000:,}k"
+                cell += f"; {float(published[name, env]['mean']):.1f}</sub>" if (name, env) in published else "</sub>"
+            line.append(cell)
+        lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
+def place_of(env):
+    """Where a task stands in a table: the bodies' in D4RL's order, then the others."""
+    body, _, quality = env.partition("-")
+    order = ("medium", "medium-replay", "medium-expert")
+    return (
+        body not in ("halfcheetah", "hopper", "walker2d"),
+        body,
+        order.index(quality) if quality in order else 9,
+        env,
+    )
+
+
+def summary_table(cells):
+    """Of each algorithm, data source and number of updates: the interquartile mean over all runs of all tasks, with the
+    95 % interval of 2,000 bootstrap samples that draw each task's seeds anew (Agarwal et al. 2021)."""
+    groups = defaultdict(list)
+    for (_, source, name, changed, steps, *_), records in cells:
+        if not changed and records[0].get("normalized", True):
+            groups[source, steps, name].append([record["score"] for record in records])
+    lines = [
+        "| algorithm | data | updates | tasks | runs | interquartile mean | 95 % interval |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (source, steps, name), tasks in sorted(groups.items()):
+        rng, means = np.random.default_rng(0), []
+        for _ in range(2000):
+            means.append(trim_mean(np.concatenate([rng.choice(scores, len(scores)) for scores in tasks]), 0.25))
+        runs = np.concatenate(tasks)
+        interval = (
+            f"{np.quantile(means, 0.025):.1f} to {np.quantile(means, 0.975):.1f}" if len(runs) > len(tasks) else ""
+        )
+        lines.append(
+            f"| {name} | {source} | {steps:,} | {len(tasks)} | {len(runs)} | {trim_mean(runs, 0.25):.1f} | {interval} |"
+        )
+    return "\n".join(lines)
+
+
+def rank_agreement(cells, published):
+    """Lines of a list: for each task with three algorithms or more, Spearman's correlation with the published order."""
+    tasks = defaultdict(dict)
+    for (env, source, name, changed, *_), records in cells:  # in the order of steps: the longest stays
+        if not changed and (name, env) in published:
+            tasks[env, source][name] = np.mean([record["score"] for record in records])
+    lines = []
+    for (env, source), ours in tasks.items():
+        if len(ours) >= 3:
+            rho = spearmanr(list(ours.values()), [float(published[name, env]["mean"]) for name in ours]).statistic
+            lines.append(f"- {env} ({source}): {rho:.2f}, of {', '.join(sorted(ours, key=ours.get))} in our order")
     return "\n".join(lines)
 
 
@@ -243,11 +316,11 @@ def fill(text, name, content):
 
 if __name__ == "__main__":
     cells, published = read_cells(), read_published()
-    scores = score_table(cells, published)
+    scores, agreement = score_table(cells, published), rank_agreement(cells, published)
     draw_curves(cells, published)
     readme = (ROOT / "README.md").read_text()
     scripts, peers = speed_tables()
-    for name, content in (("scores", scores), ("scripts", script_table()), ("peers", peers)):
+    for name, content in (("scores", grid_table(cells, published)), ("scripts", script_table()), ("peers", peers)):
         readme = fill(readme, name, content)
     (ROOT / "README.md").write_text(readme)
     guide = ROOT / "datasets" / "README.md"
@@ -263,6 +336,14 @@ best one seen: choosing by evaluation return would need the environment that off
 sample standard deviation over seeds; each seed is the mean of its final evaluation episodes.
 
 {scores}
+
+Over all tasks of the table, so far as they are run:
+
+{summary_table(cells)}
+
+Spearman's correlation between our order of the algorithms and the published one:
+
+{agreement}
 
 "collected" data come from this project's own behaviour policies: same task, size and quality as D4RL's, not the same
 transitions. Published scores are for D4RL's own data, 1,000,000 updates:
@@ -295,4 +376,5 @@ pictures and findings are made.
 
 {detail_table(cells)}
 """)
+    print(f"rank agreement (Spearman):\n{agreement}")
     print(f"{len(cells)} cells, {sum(len(records) for _, records in cells)} records: README.md, results/")

@@ -84,6 +84,50 @@ def test_cells(folder):
     assert len(lines) == 7
 
 
+def test_grid(folder):
+    """The longest runs with the published arguments; no cell without a record; bodies first, in D4RL's order."""
+    write(folder, "seed=0", seed=0, score=10.0)
+    write(folder, "seed=0", seed=0, score=20.0, steps=2000)
+    write(folder, "seed=1", seed=1, score=24.0, steps=2000)
+    write(folder, "seed=0,lr=0.1", seed=0, score=99.0, steps=9000)
+    write(folder, "seed=0", algorithm="bc", env="stitch-gap", score=1.0)
+    write(folder, "seed=0", algorithm="bc", env="halfcheetah-medium", score=2.0)
+    lines = table.grid_table(table.read_cells(), table.read_published()).splitlines()
+    assert lines[0] == "| task, data | BC | TD3+BC |"
+    sub = "<br><sub>collected; published</sub>"
+    assert lines[2:] == [
+        f"| halfcheetah-medium{sub} | 2.0<br><sub>1 x 1k; 42.4</sub> |  |",
+        f"| hopper-medium{sub} |  | 22.0 ± 2.8<br><sub>2 x 2k; 60.4</sub> |",
+        f"| stitch-gap{sub} | 1.0<br><sub>1 x 1k</sub> |  |",
+    ]
+
+
+def test_summary(folder):
+    """Eight runs on two tasks: the mean without the lowest and highest quarter; the interval draws seeds per task."""
+    for seed, score in enumerate((1.0, 2.0, 3.0, 100.0)):
+        write(folder, f"seed={seed}", seed=seed, score=score)
+        write(folder, f"seed={seed}", seed=seed, score=50.0, env="walker2d-medium")
+    write(folder, "seed=0", algorithm="bc", score=7.0)
+    lines = table.summary_table(table.read_cells()).splitlines()[2:]
+    assert lines[0] == "| BC | collected | 1,000 | 1 | 1 | 7.0 |  |"
+    middle = (3 + 50 + 50 + 50) / 4
+    assert lines[1].startswith(f"| TD3+BC | collected | 1,000 | 2 | 8 | {middle:.1f} | ")
+    low, high = map(float, lines[1].split(" | ")[-1].strip(" |").split(" to "))
+    assert 25 <= low < middle < high == (50 + 50 + 50 + 100) / 4  # three or four draws of 100: 5 % of the samples
+
+
+def test_rank_agreement(folder):
+    for algorithm, score in (("bc", 3.0), ("td3_bc", 1.0), ("iql", 2.0)):  # published: BC 53.5, TD3+BC 60.4, IQL 67.5
+        write(folder, "seed=0", algorithm=algorithm, score=score)
+        write(folder, "seed=0", algorithm=algorithm, score=score if algorithm != "bc" else 0.0, env="walker2d-medium")
+    write(folder, "seed=0", algorithm="bc", env="halfcheetah-medium")
+    lines = table.rank_agreement(table.read_cells(), table.read_published()).splitlines()
+    assert lines == [
+        "- hopper-medium (collected): -0.50, of TD3+BC, IQL, BC in our order",
+        "- walker2d-medium (collected): 0.50, of BC, TD3+BC, IQL in our order",
+    ]
+
+
 def test_curves_of_cells(folder):
     for seed in range(2):
         write(folder, f"seed={seed}", seed=seed)
@@ -100,7 +144,7 @@ def test_fill():
 
 def test_published_scores_have_sources():
     rows = table.read_published().values()
-    assert len(rows) == 27
+    assert len(rows) == 90
     assert all(row["source"] and row["note"] for row in rows)
 
 

@@ -1,7 +1,8 @@
 """Does a Decision Transformer do what it is asked? The return that it achieves against the one it is asked for.
 
-One seed on each task, 5,000 updates (to fit a CPU: the learning rate is 1e-3 after 500 updates), ten episodes for each of
-seven requests, from 0 to 1.5 times the best return in the data, all in one batch. Marked: where the data's returns lie.
+One seed on each task, 5,000 updates (to fit a CPU: the learning rate is 1e-3 after 500 updates), ten episodes for each
+of seven requests, from 0 to 1.5 times the best return in the data, all in one batch. Marked: where the data's returns
+lie.
 
 Usage: make studies, or python results/studies/return_conditioning.py
 """
