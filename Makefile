@@ -7,7 +7,7 @@ READY := .venv/installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-ray lint datasets results reproduce studies bench bench-peers policies clean
+.PHONY: help install quickstart test test-ray lint datasets results reproduce studies bench bench-peers policies tensorboard clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -70,6 +70,9 @@ bench-peers: $(READY) .venv-peers/installed  ## the same TD3+BC, IQL and CQL upd
 
 policies: $(READY)  ## train the behaviour policies again and copy the chosen snapshots (hours; goes on where it stopped)
 	$(PYTHON) datasets/policies/train.py
+
+tensorboard: $(READY)  ## the curves of runs/ in a browser
+	$(PYTHON) -m tensorboard.main --logdir $${RUNS_DIR:-runs}
 
 clean:  ## remove .venv, .venv-peers and caches; runs/, datasets and results stay
 	rm -rf .venv .venv-peers .pytest_cache .ruff_cache

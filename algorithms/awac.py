@@ -46,6 +46,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     resume: bool = False  # continue the run with these arguments from its checkpoint
     record: bool = False  # keep the run's record in results/runs/ as well
+    video: bool = False  # draw the trained policy into the run's folder, at the end
     graph: bool = True  # replay each update as one CUDA graph, on a GPU
     lam: float | None = None  # temperature of the policy's weights (Eq. 13); None: as in TUNED
 

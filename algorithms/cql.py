@@ -49,6 +49,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     resume: bool = False  # continue the run with these arguments from its checkpoint
     record: bool = False  # keep the run's record in results/runs/ as well
+    video: bool = False  # draw the trained policy into the run's folder, at the end
     graph: bool = True  # replay each update as one CUDA graph, on a GPU
     backup_entropy: bool = False  # SAC: the target holds the entropy of the next action too
     bc_steps: int = 0  # updates at the start in which the policy clones the data (40,000 in the authors' code)

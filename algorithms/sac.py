@@ -41,6 +41,7 @@ class Args:
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     resume: bool = False  # continue the run with these arguments from its checkpoint
     record: bool = False  # keep the run's record in results/runs/ as well
+    video: bool = False  # draw the trained policy into the run's folder, at the end
     start_steps: int = 10_000  # uniformly random actions, before the first update
     buffer_size: int = 1_000_000
     snapshot_every: int = 0  # write the policy every so many steps (0: never), for datasets/policies/

@@ -29,7 +29,7 @@ from datasets import UserError, write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 # Arguments that do not tell one run from another: a resume may change them, and they are not in the folder's name.
-FREE = {"steps", "device", "resume", "record", "graph"}
+FREE = {"steps", "device", "resume", "record", "video", "graph"}
 NOT_OF_THE_CELL = FREE | {"env", "source", "eval_env", "seed", "seeds"}  # they have places of their own in the record
 # TensorBoard writes in a thread of its own; what the disk refuses it is raised again, and told, in `report`.
 threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else threading.__excepthook__(args)
@@ -103,6 +103,10 @@ class Run:
                         raise UserError(f"Stopped after step {step} and saved; the same command with --resume goes on.")
             self._save()
             self._finish()
+            if self.args.video:
+                from results.video import record  # here, because that module imports this one
+
+                record(self.checkpoint, self.folder / "video.gif")
         finally:
             signal.signal(signal.SIGINT, handler)
             self._bar.close()

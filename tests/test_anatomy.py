@@ -15,13 +15,13 @@ BUDGETS = {  # lines
     "td3_bc": 190,
     "iql": 220,
     "awac": 200,
-    "cql": 260,
+    "cql": 261,
     "rebrac": 225,  # 25 of them are TUNED
     "offline_sac": 195,
     "sac_n": 220,
     "edac": 240,
     "dt": 280,
-    "sac": 190,
+    "sac": 191,
 }
 TUNED = tuple(name for name in SOURCES if "\nTUNED = {" in SOURCES[name])
 LIFTED = tuple(name for name in SOURCES if "def lift(" in SOURCES[name])
@@ -125,6 +125,7 @@ def test_same_text():
         "device",
         "resume",
         "record",
+        "video",
     ):
         texts = {re.sub(r" = [^#]*", "", args[field]) for args in fields if field in args}  # type and comment
         assert len({text for text in texts if "None" not in text}) == 1, (field, texts)  # None: TUNED has it

@@ -1,0 +1,78 @@
+"""Renders a trained policy to a GIF or MP4, off screen: what --video of every script does at the end of its run.
+
+Drawing needs EGL, which comes with a GPU's driver, or OSMesa (Debian: apt-get install libosmesa6); MUJOCO_GL=egl or
+MUJOCO_GL=osmesa chooses. MP4 needs the package imageio-ffmpeg.
+
+Usage: python results/video.py runs/td3_bc/collected/halfcheetah-medium/seed=0/checkpoint.pt --out halfcheetah.gif
+"""
+
+import dataclasses
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import imageio
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from datasets import UserError
+from results.evaluate import load_agent
+
+FPS = 20
+
+
+@dataclass
+class Args:
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    out: Path = Path("video.gif")  # .gif or .mp4
+    seconds: float = 8.0  # of the simulation
+    seed: int = 0  # of the start state
+
+
+def render(checkpoint, seconds=8.0, seed=0, size=(240, 180)):
+    """Frames (height, width, 3) of one episode, FPS to a second of the simulation; the first of several agents."""
+    os.environ.setdefault("MUJOCO_GL", "egl" if torch.cuda.is_available() else "osmesa")
+    saved, script, data, policy = load_agent(checkpoint)
+    agents = (saved["args"]["seeds"], 1) if saved["args"].get("seeds", 1) > 1 else (1,)
+    args = data.task.env_args | {"render_mode": "rgb_array", "width": size[0], "height": size[1]}
+    env = dataclasses.replace(data.task, env_args=args).make_env()
+    obs, rew, frames, over = env.reset(seed=seed)[0], 0.0, [], False
+    per_frame, steps = max(1, env.metadata["render_fps"] / FPS), 0
+    while not over and len(frames) < seconds * FPS:
+        if steps >= len(frames) * per_frame:
+            frames.append(env.render())
+        x = ((torch.as_tensor(obs, dtype=torch.float32) - data.obs_mean) / data.obs_std).expand(*agents, -1)
+        more = [torch.full(agents, rew)] if hasattr(script, "Rollout") else []
+        with torch.no_grad():
+            act = policy(x, *more).clamp(-1, 1).flatten(0, -2)[0].numpy()
+        obs, rew, terminated, truncated, _ = env.step(act)
+        over, steps = terminated or truncated, steps + 1
+    env.close()
+    return frames
+
+
+def record(checkpoint, out, **options):
+    """Writes what `render` gives; UserError if this machine cannot draw."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            frames = render(checkpoint, **options)
+            more = {"loop": 0, "duration": 1000 / FPS} if out.suffix == ".gif" else {"fps": FPS}
+            imageio.mimsave(out, frames, **more)
+    except UserError:
+        raise
+    except Exception as error:  # each of the OpenGL platforms fails in its own ways
+        if isinstance(error, (KeyboardInterrupt, MemoryError)):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"Cannot draw {out} ({reason}): apt-get install libosmesa6, and MUJOCO_GL=osmesa.") from None
+    print(f"{out}: {len(frames) / FPS:.0f} seconds, {out.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    record(args.checkpoint, args.out, seconds=args.seconds, seed=args.seed)
