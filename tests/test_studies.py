@@ -74,9 +74,10 @@ def curve(promises, truth, score):
 
 
 def test_divergence():
-    assert extrapolation.divergence(curve((1, 200, 300), 10, 0)) == 200
-    assert extrapolation.divergence(curve((1, 200, 15), 10, 0)) is None
-    assert extrapolation.divergence(curve((-200, -200, -200), -10, 0)) == 100
+    assert extrapolation.divergence(curve((1, 200, 300), 10, 0), best=50) == 200
+    assert extrapolation.divergence(curve((1, 200, 15), 10, 0), best=50) is None
+    assert extrapolation.divergence(curve((1, 200, 300), 10, 0), best=250) == 500
+    assert extrapolation.divergence(curve((1, 200, 300), -25, 0), best=50) == 500
 
 
 @pytest.mark.parametrize("expected", [True, False])
@@ -87,7 +88,7 @@ def test_findings_of_extrapolation(expected, folder):
         "TD3+BC": curve((1, 200, 350), 300, 44.0),
         "CQL": curve((1, 150, 250) if expected else (1, 350, 250), 300, 43.0),
     }
-    common.keep(extrapolation.STUDY, curves=curves)
+    common.keep(extrapolation.STUDY, best=350, curves=curves)
     verdicts = [sentence.split(". ")[1][:6] for sentence in extrapolation.findings()[:3]]
     assert verdicts == (["So it "] * 3 if expected else ["Not so"] * 3)
     extrapolation.draw()

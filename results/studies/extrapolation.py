@@ -20,8 +20,9 @@ from results.evaluate import load_agent
 from results.studies.common import keep, kept, normalized, once, save_figure, train, value_and_truth
 
 STUDY, TASK = "extrapolation", "halfcheetah-medium"
-STEPS = 100, 200, 500, 1000, 2000, 5000, 10_000
+STEPS = 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000
 SCRIPTS = {"SAC (offline)": "offline_sac", "BC": "bc", "TD3+BC": "td3_bc", "CQL": "cql"}
+LAST = {"CQL": 10_000}  # which takes an hour on two cores
 COLORS = {"SAC (offline)": "tab:brown", "BC": "tab:gray", "TD3+BC": "tab:blue", "CQL": "tab:red"}
 
 
@@ -35,16 +36,19 @@ def measure():
     data = load(TASK, "collected", "cpu")
     rows = np.random.default_rng(0).choice(len(data), 10_000, replace=False)
     obs, act = data.obs[rows], data.act[rows]
+    starts = np.concatenate([[0], data.ends[:-1]])
+    best = max((0.99 ** np.arange(b - a) @ data.rew[a:b].numpy()).item() for a, b in zip(starts, data.ends))
     names = sorted(SCRIPTS, key="BC".__ne__)  # the clone first: the others are measured against its last checkpoint
     center, curves = None, {}
 
     def stage(name, step):
-        checkpoint = train(STUDY, name, SCRIPTS[name], step, "--env", TASK, "--eval-every", STEPS[-1])
+        checkpoint = train(STUDY, name, SCRIPTS[name], step, "--env", TASK, "--eval-every", 20_000)
         pi_act = actions(checkpoint, obs)
         return value_and_truth(checkpoint) | {"step": step, "actions": pi_act.half().tolist()}
 
     for name in names:
-        points = [once(STUDY, f"{name} {step}", lambda name=name, step=step: stage(name, step)) for step in STEPS]
+        steps = [step for step in STEPS if step <= LAST.get(name, STEPS[-1])]
+        points = [once(STUDY, f"{name} {step}", lambda name=name, step=step: stage(name, step)) for step in steps]
         if center is None:
             center = torch.tensor(points[-1]["actions"])
             limit = (act - center).norm(dim=-1).quantile(0.99)
@@ -52,28 +56,29 @@ def measure():
             far = (torch.tensor(point.pop("actions")) - center).norm(dim=-1) > limit
             point["outside"] = far.float().mean().item()
         curves[name] = points
-    keep(STUDY, curves={name: curves[name] for name in SCRIPTS})
+    keep(STUDY, best=best, curves={name: curves[name] for name in SCRIPTS})
 
 
-def divergence(points):
-    """The first step from which on the promise stays more than ten times the truth away from it; None: never."""
-    far = [abs(p["promise"] - p["truth"]) > 10 * abs(p["truth"]) for p in points]
+def divergence(points, best):
+    """The first step from which on the promise stays above ten times the truth and above the best discounted return in
+    the data; None: never."""
+    far = [point["promise"] > max(10 * abs(point["truth"]), best) for point in points]
     steps = [point["step"] for i, point in enumerate(points) if all(far[i:])]
     return steps[0] if steps else None
 
 
 def findings():
     """Sentences, each of what was expected, with the numbers that say whether it came so."""
-    curves = kept(STUDY)["curves"]
+    curves, best = kept(STUDY)["curves"], kept(STUDY)["best"]
     sac, bc, cql = (curves[name][-1] for name in ("SAC (offline)", "BC", "CQL"))
-    at = divergence(curves["SAC (offline)"])
+    at = divergence(curves["SAC (offline)"], best)
     above = [f"{p['step']:,}" for p in curves["CQL"] if p["promise"] > p["truth"]]
     left = at is not None and sac["score"] < 10
     return [
         f"Expected: the estimates of offline SAC leave the true return by a factor of ten and more, and its score "
         f"stays near 0. {'So it is' if left else 'Not so here'}: after {sac['step']:,} updates they promise "
         f"{sac['promise']:,.0f}, the policy earns {sac['truth']:.0f} (score {sac['score']:.1f})"
-        + (f"; apart for good from update {at:,} on." if at else "."),
+        + (f", the best of the data {best:.0f}; apart for good from update {at:,} on." if at else "."),
         f"Expected: BC does not fail. {'So it is' if bc['score'] > 30 else 'Not so here'}: score {bc['score']:.1f}.",
         "Expected: CQL's estimates stay below the truth. "
         f"{'Not so after ' + ', '.join(above) + ' updates' if above else 'So it is'}; after {cql['step']:,} updates "
@@ -87,7 +92,7 @@ def findings():
 def draw():
     import matplotlib.pyplot as plt
 
-    curves = kept(STUDY)["curves"]
+    curves, best = kept(STUDY)["curves"], kept(STUDY)["best"]
     figure, (scores, values, outside) = plt.subplots(1, 3, figsize=(13, 3.6))
     for name, points in curves.items():
         steps, style = [point["step"] for point in points], dict(color=COLORS[name], marker=".", label=name)
@@ -96,12 +101,15 @@ def draw():
         if points[0]["promise"] is not None:
             values.plot(steps, [point["promise"] for point in points], **style)
         values.plot(steps, [point["truth"] for point in points], color=COLORS[name], linestyle=":")
-        if points[0]["promise"] is not None and (at := divergence(points)):
+        if points[0]["promise"] is not None and (at := divergence(points, best)):
             for axis in (scores, values, outside):
                 axis.axvline(at, color=COLORS[name], linewidth=0.8, linestyle="--")
+    values.axhline(best, color="gray", linewidth=0.8)
     values.set_yscale("symlog", linthresh=100)
     scores.set(title=TASK, ylabel="normalized score")
-    values.set(title="promised (solid) and true (dotted)", ylabel="discounted return from the start")
+    values.set(
+        title="promised (solid) and true (dotted); gray: best of the data", ylabel="discounted return from the start"
+    )
     outside.set(title="actions farther than 99 % of the data", ylabel="share")
     for axis in (scores, values, outside):
         axis.set(xscale="log", xlabel="updates; dashed: divergence")
