@@ -182,7 +182,7 @@ def run_local(jobs, devices):
     except KeyboardInterrupt:  # the runs have had the Ctrl-C too, and save
         for _, process, _ in running.values():
             process.wait()
-        raise UserError("Stopped, and the runs are saved; the same command goes on.") from None
+        raise
 
 
 def run_ray(jobs, gpus):
@@ -250,4 +250,7 @@ def reproduce(args):
 
 
 if __name__ == "__main__":
-    reproduce(tyro.cli(Args))
+    try:
+        reproduce(tyro.cli(Args))
+    except KeyboardInterrupt:
+        raise UserError("Stopped, and the runs are saved; the same command goes on.") from None
