@@ -59,7 +59,6 @@ def draw():
     scores.axhline(result["clone"]["score"], color="tab:gray", label="BC")
     values.plot(alphas, [point["promise"] for point in result["points"]], color="tab:red", marker=".", label="promised")
     values.plot(alphas, [point["truth"] for point in result["points"]], color="tab:red", linestyle=":", label="true")
-    values.set_yscale("symlog", linthresh=100)
     scores.set(title=TASK, ylabel="normalized score")
     values.set(title="discounted return from the start")
     for axis in (scores, values):

@@ -105,11 +105,8 @@ def draw():
             for axis in (scores, values, outside):
                 axis.axvline(at, color=COLORS[name], linewidth=0.8, linestyle="--")
     values.axhline(best, color="gray", linewidth=0.8)
-    values.set_yscale("symlog", linthresh=100)
     scores.set(title=TASK, ylabel="normalized score")
-    values.set(
-        title="promised (solid) and true (dotted); gray: best of the data", ylabel="discounted return from the start"
-    )
+    values.set(title="promised (solid), true (dotted), best of data (gray)", ylabel="discounted return")
     outside.set(title="actions farther than 99 % of the data", ylabel="share")
     for axis in (scores, values, outside):
         axis.set(xscale="log", xlabel="updates; dashed: divergence")
