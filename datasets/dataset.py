@@ -120,6 +120,18 @@ class Dataset:
         self.rows = self.rows[torch.from_numpy(np.concatenate(spans)).to(self.rows.device)]
         self.ends, self.size = np.cumsum([len(span) for span in spans]), len(self.rows)
 
+    def keep_demos(self, n, every, seed):
+        """Keeps `n` trajectories drawn at random, and of each every so manieth row, from a random one on."""
+        if n > len(self.ends):
+            raise UserError(f"--demos {n} are more than the {len(self.ends)} trajectories of {self.task.name}.")
+        rng = np.random.default_rng(seed)
+        self.keep(rng.choice(len(self.ends), n, replace=False))
+        print(f"{n} demonstrations, mean return {self.returns().mean():.4g}, every {every}th pair")
+        starts = np.concatenate([[0], self.ends[:-1]])
+        rows = [np.arange(a + rng.integers(min(every, b - a)), b, every) for a, b in zip(starts, self.ends)]
+        self.rows = self.rows[torch.from_numpy(np.concatenate(rows)).to(self.rows.device)]
+        self.ends, self.size = np.cumsum([len(part) for part in rows]), len(self.rows)
+
     def add_next_act(self):
         """Gives each row the action of the row after it, so that `sample` returns SarsaBatches.
 

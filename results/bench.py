@@ -30,10 +30,10 @@ from results.run import choose_device, code_version, load_checkpoint
 FILE = ROOT / "results" / "bench.json"
 # Updates of one agent on a CPU, about ten seconds; S agents take a share of them. CUDA runs CUDA_FACTOR as many.
 UPDATES = {"bc": 6000, "td3_bc": 2000, "iql": 1500, "awac": 1000, "rebrac": 200}
-UPDATES |= {"cql": 200, "offline_sac": 1000, "sac_n": 200, "edac": 100, "dt": 100, "sac": 1500}
+UPDATES |= {"cql": 200, "offline_sac": 1000, "sac_n": 200, "edac": 100, "dt": 100, "sac": 1500, "gail": 16_000}
 CUDA_FACTOR = {"bc": 50, "td3_bc": 100, "iql": 100, "awac": 100, "rebrac": 300}
-CUDA_FACTOR |= {"cql": 200, "offline_sac": 100, "sac_n": 300, "edac": 300, "dt": 200, "sac": 8}
-ONLINE = ("sac",)  # in which a seed is a run
+CUDA_FACTOR |= {"cql": 200, "offline_sac": 100, "sac_n": 300, "edac": 300, "dt": 200, "sac": 8, "gail": 4}
+ONLINE = ("sac", "gail")  # in which a seed is a run
 
 
 @dataclass
@@ -81,10 +81,12 @@ def measure(script, seeds, device):
     else:
         steps = max(100, UPDATES[script] // seeds)
     words = ["--device", device, "--steps", steps, "--eval-every", steps // 2]
-    if script in ONLINE:
+    if script == "sac":
         words += ["--start-steps", steps // 10]
     else:
-        words += ["--source", "collected", "--seeds", seeds]
+        words += ["--source", "collected"]
+    if script not in ONLINE:
+        words += ["--seeds", seeds]
     with tempfile.TemporaryDirectory() as runs:
         record, _ = train(script, runs, *words)
     seconds, each = record["seconds"] - record["eval_seconds"], record["eval_seconds"] / 2

@@ -75,11 +75,12 @@ class Run:
         print(f"{task.name}: " + ", ".join(f"{name} {getattr(self.args, name)}" for name in self.defaults))
         return self.args
 
-    def steps(self, data, **state):
-        """Yields the steps; saves when it is due, on Ctrl-C, and at the end, where the record is written as well."""
+    def steps(self, data, stride=1, **state):
+        """Yields the steps, with a stride every so manieth; saves when it is due, on Ctrl-C, and at the end, where the
+        record is written as well."""
         if self.args.record and not data.task.evaluable:
             raise UserError(f"--record keeps scores, and policies for {data.task.name} are not evaluated.")
-        self.data, self.state, self.folder = data, state, self._folder(data)
+        self.data, self.stride, self.state, self.folder = data, stride, state, self._folder(data)
         self.checkpoint = self.folder / "checkpoint.pt"
         start = self._restore() if self.args.resume else self._start_afresh()
         self.step = self._checked = start
@@ -93,10 +94,10 @@ class Run:
         self._bar = tqdm(total=self.args.steps, initial=start, desc=title, unit="step", mininterval=0.5)
         self._clock = time.perf_counter()
         try:
-            for step in range(start + 1, self.args.steps + 1):
+            for step in range(start + stride, self.args.steps + 1, stride):
                 yield step
                 self.step = step
-                self._bar.update()
+                self._bar.update(stride)
                 if self.resumable and (self._save_due or self._interrupted):
                     self._save()
                     if self._interrupted:
@@ -140,11 +141,11 @@ class Run:
                 self._losses[name] = torch.zeros_like(loss)
             self._losses[name].copy_(loss.detach())
         self._finite &= torch.isfinite(sum(losses.values()))
-        self._good_steps += self._finite
+        self._good_steps += self.stride * self._finite
 
     def due(self, step):
         """True when this step is to be evaluated."""
-        if step % self.args.eval_every and step != self.args.steps:
+        if step % self.args.eval_every >= self.stride and step != self.args.steps:
             return False
         self._check_finite(step)
         self._eval_start = time.perf_counter()

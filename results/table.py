@@ -40,6 +40,7 @@ NAMES = {
     "edac": "EDAC",
     "dt": "DT",
     "sac": "SAC (online)",
+    "gail": "GAIL",
 }
 COLORS = {
     "BC": "tab:gray",

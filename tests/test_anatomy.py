@@ -21,6 +21,7 @@ BUDGETS = {  # lines
     "sac_n": 220,
     "edac": 240,
     "dt": 280,
+    "gail": 300,
     "sac": 191,
 }
 TUNED = tuple(name for name in SOURCES if "\nTUNED = {" in SOURCES[name])
@@ -88,7 +89,7 @@ def test_same_text():
     """What stands in several scripts is the same to the letter, so that a reader need read it once."""
     squashed = ("offline_sac", "sac_n", "edac")
     for name, scripts in [
-        ("mlp", set(SOURCES) - {"dt"}),
+        ("mlp", set(SOURCES) - {"dt", "gail"}),
         ("stack", LIFTED),
         ("lift", LIFTED),
         ("Actor", ("bc", "td3_bc")),

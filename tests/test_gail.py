@@ -1,0 +1,184 @@
+import dataclasses
+from types import SimpleNamespace
+
+import gymnasium
+import h5py
+import numpy as np
+import pytest
+import torch
+from test_scripts import assert_equal, stopped, trained
+
+from algorithms import gail
+from datasets import Dataset, UserError, find_task
+
+B, O, A = 6, 4, 2
+
+
+def test_discriminator_loss_and_reward():
+    """D is the probability of the policy: a pair taken for the expert's has a D near 0, and earns most."""
+    logit, expert_logit = torch.randn(B), torch.randn(B)
+    D, expert_D = (1 / (1 + np.exp(-x.numpy().astype(np.float64))) for x in (logit, expert_logit))
+    expected = -np.mean(np.log(D)) - np.mean(np.log(1 - expert_D))
+    assert gail.discriminator_loss(logit, expert_logit).item() == pytest.approx(expected, rel=1e-5)
+    for name, value in (("-logD", -np.log(D)), ("log(1-D)", np.log(1 - D)), ("sum", np.log(1 - D) - np.log(D))):
+        rew = gail.reward_of(gail.Args(reward=name), logit)
+        np.testing.assert_allclose(rew, value, rtol=1e-4, atol=1e-6)
+        assert gail.reward_of(gail.Args(reward=name), torch.tensor([-3.0, 3.0])).diff() < 0
+    assert gail.Args().reward == "-logD"
+
+
+def test_actor_loss():
+    torch.manual_seed(0)
+    actor = gail.Actor(O, A)
+    obs, act, adv = torch.randn(B, O), torch.randn(B, A), torch.randn(B)
+    mean, log_std = (x.detach().numpy().astype(np.float64) for x in actor(obs))
+    z = (act.numpy() - mean) / np.exp(log_std)
+    log_prob = np.sum(-0.5 * z**2 - log_std - 0.5 * np.log(2 * np.pi), 1)
+    old = log_prob + np.array([0.0, 0.5, -0.5, 0.1, -0.1, 0.3])
+    ratio = np.exp(log_prob - old)
+    expected = -np.mean(np.minimum(ratio * adv.numpy(), np.clip(ratio, 0.8, 1.2) * adv.numpy()))
+    loss = gail.actor_loss(gail.Args(), obs, act, torch.tensor(old, dtype=torch.float32), adv, actor)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_advantages():
+    """Against the sum of discounted TD errors up to the episode's end; time-outs are bootstrapped, terminations not."""
+    T, args = 7, gail.Args(gamma=0.9, gae_lambda=0.8)
+    rng = np.random.default_rng(0)
+    rew, value, next_value = rng.normal(size=(3, T, 2))
+    done, last = np.zeros((T, 2)), np.zeros((T, 2))
+    done[2, 0] = last[2, 0] = last[4, 0] = last[3, 1] = last[6] = 1
+    expected = np.zeros((T, 2))
+    for e in range(2):
+        for t in range(T):
+            for k in range(t, T):
+                delta = rew[k, e] + 0.9 * (1 - done[k, e]) * next_value[k, e] - value[k, e]
+                expected[t, e] += (0.9 * 0.8) ** (k - t) * delta
+                if last[k, e]:
+                    break
+    ours = gail.advantages(args, *(torch.tensor(x) for x in (rew, value, next_value, done, last)))
+    np.testing.assert_allclose(ours, expected, rtol=1e-12)
+
+
+def test_play():
+    """Whole transitions of each environment: next observations are the episode's own, ends and cuts are told apart."""
+    task = dataclasses.replace(find_task("hopper-medium"), max_episode_steps=15)
+    data = Dataset.buffer(task, 0)
+    data.obs_mean += 0.5
+    torch.manual_seed(0)
+    envs, actor = [task.make_env() for _ in range(3)], gail.Actor(11, 3)
+    args = gail.Args(horizon=40, envs=3)
+    columns = gail.play(args, envs, 7, data, actor)
+    obs, act, next_obs, done, last = columns
+    assert obs.shape == next_obs.shape == (40, 3, 11) and act.shape == (40, 3, 3) and last.shape == (40, 3)
+    goes_on = last[:-1] == 0
+    assert torch.equal(next_obs[:-1][goes_on], obs[1:][goes_on])
+    assert not (next_obs[:-1][~goes_on] == obs[1:][~goes_on]).all(-1).any()
+    assert (last[-1] == 1).all() and (done <= last).all() and 0 < done.sum() < last.sum()
+    env = task.make_env()
+    env.reset(seed=7)
+    for t in range(5):
+        following, *_ = env.step(act[t, 0].clamp(-1, 1).numpy())
+        np.testing.assert_allclose(next_obs[t, 0], following - 0.5, atol=1e-5)
+    torch.manual_seed(0)
+    for one, other in zip(columns, gail.play(args, envs, 7, data, gail.Actor(11, 3))):
+        assert torch.equal(one, other)
+
+
+PLACE = 0.4  # of the cart, where the expert keeps it
+
+
+@pytest.fixture(scope="module")
+def expert(tmp_path_factory):
+    """A file of InvertedPendulum episodes by a linear controller, which never falls and keeps the cart in its place."""
+    env, rng = gymnasium.make("InvertedPendulum-v4", max_episode_steps=200), np.random.default_rng(0)
+    rows = []
+    for episode in range(4):
+        obs, _ = env.reset(seed=episode)
+        for step in range(200):
+            act = (obs - [PLACE, 0, 0, 0]) @ [0.4, 5.0, 0.6, 1.0] + 0.3 * rng.standard_normal()
+            next_obs, rew, terminated, _, _ = env.step(np.clip([act], -3, 3))
+            assert not terminated
+            rows.append((obs, [np.clip(act / 3, -1, 1)], rew, next_obs, False, step == 199))
+            obs = next_obs
+    path = tmp_path_factory.mktemp("expert") / "pendulum.hdf5"
+    names = "observations", "actions", "rewards", "next_observations", "terminals", "timeouts"
+    with h5py.File(path, "w") as file:
+        for name, column in zip(names, zip(*rows)):
+            file[name] = np.array(column)
+    return str(path)
+
+
+def arguments(expert, **changes):
+    quick = {"env": expert, "eval_env": "InvertedPendulum-v4", "envs": 4, "horizon": 200, "eval_every": 800, "every": 1}
+    return dataclasses.replace(gail.Args(), **quick | changes)
+
+
+def test_right_signs_imitate_and_wrong_ones_do_not(expert, monkeypatch):
+    """The policy balances with the cart where the expert keeps it. With flipped labels it may balance too, as -log D
+    pays for surviving, but elsewhere; with a constant reward it falls."""
+    loss, args = gail.discriminator_loss, arguments(expert, steps=16_000, eval_every=16_000, lr=1e-3, gamma=0.99)
+
+    def place_after_training():
+        """Of the cart, the mean over the second half of 200 steps; None if the pendulum has fallen by then."""
+        ends = []
+        monkeypatch.setattr(gail.Run, "_save", lambda run: ends.append((run.data, run.state["actor"])))
+        gail.train(args)
+        data, actor = ends[-1]
+        (obs, _), places = (env := data.task.make_env()).reset(seed=1), []
+        for _ in range(200):
+            x = (torch.as_tensor(obs, dtype=torch.float32) - data.obs_mean) / data.obs_std
+            obs, _, terminated, *_ = env.step(gail.policy(x[None], actor).clamp(-1, 1)[0].detach().numpy())
+            places.append(obs[0])
+            if terminated:
+                return None
+        return np.mean(places[100:])
+
+    assert place_after_training() == pytest.approx(PLACE, abs=0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(gail, "discriminator_loss", lambda logit, expert_logit: loss(expert_logit, logit))
+        flipped = place_after_training()
+    assert flipped is None or abs(flipped - PLACE) > 0.5
+    monkeypatch.setattr(gail, "reward_of", lambda args, logit: torch.zeros_like(logit))
+    assert place_after_training() is None
+
+
+def test_resume_is_exact(expert, tmp_path, monkeypatch):
+    args = arguments(expert, steps=1600, eval_episodes=1)
+    whole = trained(tmp_path, monkeypatch, "whole", (gail.train, args))
+    parts = (stopped(gail.train, 800), args), (gail.train, dataclasses.replace(args, resume=True))
+    parts = trained(tmp_path, monkeypatch, "parts", *parts)
+    for saved in (whole, parts):
+        del saved["args"], saved["seconds"], saved["eval_seconds"]
+    assert [point["step"] for point in whole["curve"]] == [800, 1600]
+    assert_equal(whole, parts)
+
+
+def test_bad_input(expert):
+    with pytest.raises(UserError, match="--demos 5 are more than the 4 trajectories of pendulum"):
+        gail.train(arguments(expert, demos=5))
+    with pytest.raises(UserError, match="--steps must be a multiple of --envs x --horizon, 800, not 1000"):
+        gail.train(arguments(expert, steps=1000))
+
+
+def test_keep_demos():
+    """So many trajectories, and of each every third row from a random one on."""
+    rows = torch.zeros(60, 2 * O + A + 2)
+    rows[:, 0] = torch.arange(60)
+    ends = [10, 12, 30, 60]
+
+    def kept(seed):
+        data = Dataset(SimpleNamespace(name="x"), "file", "", rows.clone(), ends, O, A)
+        data.keep_demos(3, 3, seed)
+        assert len(data) == data.ends[-1] and len(data.ends) == 3
+        return [part.tolist() for part in np.split(data.obs[:, 0].numpy().astype(int), data.ends[:-1])]
+
+    seen = set()
+    for seed in range(20):
+        for part in kept(seed):
+            (episode,) = [i for i, (a, b) in enumerate(zip([0, *ends], ends)) if a <= part[0] < b]
+            assert all(b - a == 3 for a, b in zip(part, part[1:]))
+            assert part[0] - [0, *ends][episode] < 3 and part[-1] + 3 >= ends[episode]
+            seen.add((episode, part[0]))
+    assert len(seen) == 3 + 2 + 3 + 3
+    assert kept(1) == kept(1)
