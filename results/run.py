@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Arguments that do not tell one run from another: a resume may change them, and they are not in the folder's name.
 FREE = {"steps", "device", "resume", "record", "video", "graph"}
 NOT_OF_THE_CELL = FREE | {"env", "source", "eval_env", "seed", "seeds"}  # they have places of their own in the record
+SAVE_SECONDS = 60  # at least, between the checkpoints within a step
 # TensorBoard writes in a thread of its own; what the disk refuses it is raised again, and told, in `report`.
 threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else threading.__excepthook__(args)
 
@@ -100,8 +101,7 @@ class Run:
                 self._bar.update(stride)
                 if self.resumable and (self._save_due or self._interrupted):
                     self._save()
-                    if self._interrupted:
-                        raise UserError(f"Stopped after step {step} and saved; the same command with --resume goes on.")
+                    self._stop_if_interrupted()
             self._save()
             self._finish()
             if self.args.video:
@@ -113,6 +113,17 @@ class Run:
             self._bar.close()
             with contextlib.suppress(OSError):  # a full disk has been reported by then
                 self._board.close()
+
+    def progress(self, text):
+        """For what takes minutes within a step, between parts of it that may be stopped and resumed as steps are."""
+        self._bar.set_postfix_str(text)
+        if self._interrupted or time.perf_counter() - self._clock > SAVE_SECONDS:
+            self._save()
+            self._stop_if_interrupted()
+
+    def _stop_if_interrupted(self):
+        if self._interrupted:
+            raise UserError(f"Stopped after step {self.step} and saved; the same command with --resume goes on.")
 
     def graphed(self, update):
         """`update(*key)`, on CUDA replayed as one graph for each key, after three calls that create what it cannot:

@@ -41,6 +41,7 @@ NAMES = {
     "dt": "DT",
     "sac": "SAC (online)",
     "gail": "GAIL",
+    "mopo": "MOPO",
 }
 COLORS = {
     "BC": "tab:gray",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, fails, start
 
-from algorithms import awac, bc, cql, dt, edac, iql, offline_sac, rebrac, sac, sac_n, td3_bc
+from algorithms import awac, bc, cql, dt, edac, iql, mopo, offline_sac, rebrac, sac, sac_n, td3_bc
 from datasets import TASKS, UserError, find_task
 from datasets.minari_io import export_minari
 from results import evaluate
@@ -31,12 +31,14 @@ SCRIPTS = {  # those that learn from fixed data
     "sac_n": sac_n,
     "edac": edac,
     "dt": dt,
+    "mopo": mopo,
 }
 QUICK = {  # arguments that spare time, and use more of the code
     cql: {"n_actions": 2, "critic_layers": 1, "threshold": 5.0, "bc_steps": 5},
     sac_n: {"n_critics": 4},
     edac: {"n_critics": 4},
     dt: {"context": 5},
+    mopo: {"rollouts": 40, "rollout_every": 5, "keep": 2, "model_epochs": 1},
 }
 
 

@@ -26,7 +26,7 @@ def state_of(run):
     return learned(state)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", sorted(set(SCRIPTS) - {"mopo"}))  # MOPO's test is its own
 def test_seeds_do_not_leak(name, small, monkeypatch, request):
     """Agent k of 3, and agent k alone with its parameters, batches and noise: equal to 1e-9 after 50 updates."""
     script, starts, batches, ends = SCRIPTS[name], [], [], []
