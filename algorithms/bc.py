@@ -5,6 +5,7 @@
 --top-fraction 0.1 is 10% BC (Chen et al., Decision Transformer, NeurIPS 2021, arXiv:2106.01345): it
 clones only the tenth of the trajectories with the highest returns.
 
+--demos 4 clones as few and as thinned out trajectories as GAIL is given (gail.py).
 Widths, learning rate, batch size and normalisation are those of CORL's any_percent_bc.py.
 Usage: python algorithms/bc.py --env halfcheetah-medium
 """
@@ -44,6 +45,8 @@ class Args:
     video: bool = False  # draw the trained policy into the run's folder, at the end
     graph: bool = True  # replay each update as one CUDA graph, on a GPU
     top_fraction: float = 1.0  # share of the trajectories that are cloned, the best by return (0.1: 10% BC)
+    demos: int = 0  # trajectories of the expert, drawn at random; 0: all that there are, whole
+    every: int = 20  # of each trajectory, every so manieth pair is used (with --demos)
 
 
 def mlp(*sizes):
@@ -105,6 +108,8 @@ def train(args):
     data = load(args.env, args.source, run.device, args.eval_env)
     if args.top_fraction < 1:
         data.keep(top_trajectories(data, args.top_fraction))
+    if args.demos:
+        data.keep_demos(args.demos, args.every, args.seed)
     data.normalize_obs()  # (obs - mean) / (std + 1e-3)
 
     actor = stack([Actor(data.obs_dim, data.act_dim) for _ in range(args.seeds)]).to(run.device)

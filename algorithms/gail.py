@@ -45,7 +45,7 @@ class Args:
     record: bool = False  # keep the run's record in results/runs/ as well
     video: bool = False  # draw the trained policy into the run's folder, at the end
     demos: int = 4  # trajectories of the expert
-    every: int = 20  # of each trajectory, every so manieth pair is used
+    every: int = 20  # of each trajectory, every so manieth pair is used (with --demos)
     envs: int = 8  # environments side by side
     horizon: int = 1000  # steps of each environment in an iteration
     epochs: int = 10  # of PPO, over an iteration's steps

@@ -56,6 +56,8 @@ COLORS = {
     "EDAC": "tab:purple",
     "DT": "black",
 }
+# Arguments that a script has got later, with the values that stand for what it did before.
+LATER = {"bc": {"demos": 0, "every": 20}}
 
 
 def read_cells():
@@ -69,7 +71,8 @@ def read_cells():
         if name == "BC" and changed == ("top_fraction=0.1",):
             name, changed = "10% BC", ()
         cell = (record["env"], record["source"], name, changed, record["steps"], record["fingerprint"])
-        arguments = json.dumps(record["args"], sort_keys=True)  # equal in one cell, also where a default has changed
+        arguments = LATER.get(record["algorithm"], {}) | record["args"]
+        arguments = json.dumps(arguments, sort_keys=True)  # equal in one cell, also where a default has changed
         cells[(*cell, arguments)].append(record)
     return sorted(cells.items())
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, fails, start
 
-from algorithms import awac, bc, cql, dt, edac, iql, mopo, offline_sac, rebrac, sac, sac_n, td3_bc
+from algorithms import awac, bc, cql, dt, edac, gail, iql, mopo, offline_sac, rebrac, sac, sac_n, td3_bc
 from datasets import TASKS, UserError, find_task
 from datasets.minari_io import export_minari
 from results import evaluate
@@ -368,6 +368,26 @@ def test_top_fraction(small):
     assert len(bc.top_trajectories(data, 0.001)) == 1
     data.keep(best)
     np.testing.assert_allclose(data.returns(), returns[best])
+
+
+def test_demos(small):
+    """BC and GAIL with the same arguments are given the same pairs."""
+    seen = []
+
+    def load(*words):
+        seen.append(bc_load(*words))
+        return seen[-1]
+
+    bc_load = bc.load
+    for script, more in ((bc, {"steps": 10}), (gail, {"steps": 20, "envs": 2, "horizon": 10})):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(script, "load", load)
+            script.train(arguments(script, small, demos=3, every=5, seed=4, **more))
+    for data in seen:
+        data.obs.mul_(data.obs_std).add_(data.obs_mean)
+    assert torch.equal(seen[0].obs, seen[1].obs) and torch.equal(seen[0].act, seen[1].act)
+    with pytest.raises(UserError, match="--demos 5000 are more than the"):
+        bc.train(arguments(bc, small, demos=5000, steps=10))
 
 
 def test_record_and_earlier_run(small, tmp_path):
