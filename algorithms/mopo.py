@@ -164,6 +164,12 @@ def policy(obs, actor):
     return actor(obs, False)
 
 
+def held_out(data, seed):
+    """The rows that the model is judged by, at most 5,000, and those that it learns from."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).to(data.rows.device)
+    return data.rows[order].tensor_split([min(len(data) // 5, 5_000)])
+
+
 def outcome(batch):
     """What the model predicts, y: next_obs - obs and rew, (..., O + 1)."""
     return torch.cat([batch.next_obs - batch.obs, batch.rew[..., None]], -1)
@@ -261,8 +267,7 @@ def train(args):
         raise UserError(f"When {data.task.name} ends is not known; MOPO can learn {', '.join(ENDED)}.")
 
     O, A, lead = data.obs_dim, data.act_dim, (args.seeds,) if args.seeds > 1 else ()
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed)).to(run.device)
-    held_rows, known_rows = data.rows[order].tensor_split([min(len(data) // 5, 5_000)])
+    held_rows, known_rows = held_out(data, args.seed)
     held = data.split(held_rows.expand(*lead, *held_rows.shape))
     bound = 2 * torch.maximum(data.obs.abs().amax(0), data.next_obs.abs().amax(0))  # (O,)
 

@@ -22,7 +22,7 @@ BUDGETS = {  # lines
     "edac": 240,
     "dt": 280,
     "gail": 300,
-    "mopo": 369,
+    "mopo": 374,
     "sac": 191,
 }
 TUNED = tuple(name for name in SOURCES if "\nTUNED = {" in SOURCES[name])

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms import cql, td3_bc
-from datasets import UserError, find_task
+from algorithms import cql, mopo, td3_bc
+from datasets import Dataset, UserError, find_task
 from results.run import load_checkpoint
-from results.studies import common, cql_alpha, extrapolation, return_conditioning, stitching
+from results.studies import common, cql_alpha, extrapolation, model_error, return_conditioning, stitching
 from results.studies.common import once, runs_of, train, value_and_truth
 
 
@@ -128,3 +128,39 @@ def test_findings_of_return_conditioning(expected, folder):
     assert verdicts == (["So it "] * 2 if expected else ["Not so"] * 2)
     return_conditioning.draw()
     assert (folder / "return_conditioning.png").stat().st_size > 10_000
+
+
+def test_quality_of_a_model():
+    """A model that is off by 1 and says 2 in every dimension, and by 10 where the first observation is positive."""
+    torch.manual_seed(0)
+    data = Dataset(None, "", "", torch.randn(4000, 2 * 3 + 2 + 2), [4000], 3, 2)
+    rows = data.rows[:1000]
+    batch = data.split(rows)
+    wrong = 1 + 9.0 * (batch.obs[:, :1] > 0)
+
+    def dynamics(obs, act):
+        mean = mopo.outcome(batch) + wrong
+        return mean.expand(7, -1, -1), (2 * wrong).log().expand(7, *mean.shape)
+
+    row = model_error.quality(dynamics, data, rows)
+    rmse = np.sqrt((wrong**2).mean().item())
+    y = np.concatenate([batch.next_obs - batch.obs, batch.rew[:, None]], 1)
+    naive = np.sqrt(np.mean((y - [0, 0, 0, data.rew.mean()]) ** 2, 0))
+    np.testing.assert_allclose(row["share"], rmse / naive, rtol=1e-5)
+    np.testing.assert_allclose(row["calibration"], 2, rtol=1e-5)
+    np.testing.assert_allclose([row["u"][0], row["u"][-1]], [4, 40], rtol=1e-5)  # 4 dimensions: sqrt(4) times the one
+    np.testing.assert_allclose([row["error"][0], row["error"][-1]], [2, 20], rtol=1e-5)
+    assert row["correlation"] > 0.5
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_findings_of_model_error(expected, folder):
+    row = {"share": [0.1, 0.4], "calibration": [0.8, 1.5], "correlation": 0.7, "epochs": 40.0}
+    if not expected:
+        row |= {"share": [0.1, 0.6], "calibration": [0.4, 1.5], "correlation": 0.3}
+    groups = {"u": [1.0, 2.0], "error": [0.1, 0.4]}
+    common.keep(model_error.STUDY, tasks={"a": row | groups, "b": row | groups})
+    verdicts = [sentence.split(". ")[1][:6] for sentence in model_error.findings()]
+    assert verdicts == (["So it "] * 6 if expected else ["Not so"] * 6)
+    model_error.draw()
+    assert (folder / "model_error.png").stat().st_size > 10_000
