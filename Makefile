@@ -54,6 +54,7 @@ studies: $(READY)  ## train and measure what results/studies/ asks (hours on a C
 	$(PYTHON) results/studies/stitching.py
 	$(PYTHON) results/studies/return_conditioning.py
 	$(PYTHON) results/studies/model_error.py
+	$(PYTHON) results/studies/demonstrations.py
 	$(PYTHON) results/table.py
 
 bench: $(READY)  ## updates per second of every script on this machine, into results/bench.json (minutes)

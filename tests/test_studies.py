@@ -5,7 +5,15 @@ import torch
 from algorithms import cql, mopo, td3_bc
 from datasets import Dataset, UserError, find_task
 from results.run import load_checkpoint
-from results.studies import common, cql_alpha, extrapolation, model_error, return_conditioning, stitching
+from results.studies import (
+    common,
+    cql_alpha,
+    demonstrations,
+    extrapolation,
+    model_error,
+    return_conditioning,
+    stitching,
+)
 from results.studies.common import once, runs_of, train, value_and_truth
 
 
@@ -164,3 +172,22 @@ def test_findings_of_model_error(expected, folder):
     assert verdicts == (["So it "] * 6 if expected else ["Not so"] * 6)
     model_error.draw()
     assert (folder / "model_error.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_findings_of_demonstrations(expected, folder):
+    value = {"gail": 900.0, "bc": 400.0 if expected else 950.0}
+    points = [
+        {"script": script, "task": task, "demos": demos, "return": value[script]}
+        for script in value
+        for task in demonstrations.TASKS
+        for demos in demonstrations.COUNTS
+    ]
+    experts = {task: {"expert": 1000.0, "random": -100.0} for task in demonstrations.TASKS}
+    common.keep(demonstrations.STUDY, experts=experts, points=points)
+    assert demonstrations.ours("gail", "hopper-expert")[1] == (4, pytest.approx(1000 / 1100))
+    assert demonstrations.papers("gail", "hopper-expert")[0] == (4, pytest.approx(3614.22 / 3571.38))
+    verdicts = [sentence.split(". ")[1][:6] for sentence in demonstrations.findings()]
+    assert verdicts == (["So it "] * 3 if expected else ["Not so"] * 3)
+    demonstrations.draw()
+    assert (folder / "demonstrations.png").stat().st_size > 10_000
