@@ -60,14 +60,20 @@ studies: $(READY)  ## train and measure what results/studies/ asks (hours on a C
 bench: $(READY)  ## updates per second of every script on this machine, into results/bench.json (minutes)
 	$(PYTHON) results/bench.py
 
-bench-peers: $(READY) .venv-peers/installed  ## the same TD3+BC, IQL and CQL updates in d3rlpy and torchrl, in turns with ours
+bench-peers: $(READY) .venv-peers/installed .venv-imitation/installed  ## the same in d3rlpy, torchrl, imitation, in turns
 	$(PYTHON) results/peers.py --peers .venv-peers/bin/python td3_bc
 	$(PYTHON) results/peers.py --peers .venv-peers/bin/python iql
 	$(PYTHON) results/peers.py --peers .venv-peers/bin/python cql
+	$(PYTHON) results/peers.py --peers .venv-imitation/bin/python gail
 
 .venv-peers/installed:
 	python3 -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --disable-pip-version-check torch==2.13.0 d3rlpy==2.8.1 torchrl==0.14.1
+	touch $@
+
+.venv-imitation/installed:
+	python3 -m venv .venv-imitation
+	.venv-imitation/bin/python -m pip install --disable-pip-version-check torch==2.13.0 imitation==1.0.1 mujoco==3.1.6 "numpy<2" h5py
 	touch $@
 
 policies: $(READY)  ## train the behaviour policies again and copy the chosen snapshots (hours; goes on where it stopped)
@@ -76,6 +82,6 @@ policies: $(READY)  ## train the behaviour policies again and copy the chosen sn
 tensorboard: $(READY)  ## the curves of runs/ in a browser
 	$(PYTHON) -m tensorboard.main --logdir $${RUNS_DIR:-runs}
 
-clean:  ## remove .venv, .venv-peers and caches; runs/, datasets and results stay
-	rm -rf .venv .venv-peers .pytest_cache .ruff_cache
+clean:  ## remove the .venv folders and caches; runs/, datasets and results stay
+	rm -rf .venv .venv-peers .venv-imitation .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

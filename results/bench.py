@@ -35,6 +35,7 @@ UPDATES |= {"mopo": 1000}
 CUDA_FACTOR = {"bc": 50, "td3_bc": 100, "iql": 100, "awac": 100, "rebrac": 300}
 CUDA_FACTOR |= {"cql": 200, "offline_sac": 100, "sac_n": 300, "edac": 300, "dt": 200, "sac": 8, "gail": 4, "mopo": 100}
 ONLINE = ("sac", "gail")  # in which a seed is a run
+EVERY = {"gail": 96_000}  # updates between evaluations; of the others 5,000
 
 
 @dataclass
@@ -104,7 +105,7 @@ def measure(script, seeds, device):
         "agent_updates_per_s": round(seeds * steps / seconds, 1),
         "memory_mb": record["memory_mb"],
         "evaluation_s": round(each, 2),
-        "evaluation_share": round(each / (each + 5000 * seconds / steps), 3),
+        "evaluation_share": round(each / (each + EVERY.get(script, 5000) * seconds / steps), 3),
     }
 
 

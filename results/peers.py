@@ -1,11 +1,14 @@
-"""TD3+BC updates per second here, in d3rlpy and in torchrl; IQL's and CQL's here and in d3rlpy: make bench-peers.
+"""TD3+BC updates per second here, in d3rlpy and in torchrl; IQL's and CQL's here and in d3rlpy; GAIL's environment
+steps per second here and in imitation: make bench-peers.
 
 Each candidate is a process of its own with the same data (halfcheetah-medium), batch size, widths and device, and all
 threads for itself: they take turns, one round after another, so that a machine whose speed drifts slows all alike.
 An update draws its batch and makes one step of the critic, TD3+BC's every second one a step of actor and targets,
-IQL's and CQL's every one; CQL samples 30 actions for each state in either library.
+IQL's and CQL's every one; CQL samples 30 actions for each state in either library. GAIL acts in Hopper, in an iteration
+8,000 steps in 8 environments, followed by 30 updates of the discriminator and 10 epochs of PPO, all on batches of 256.
 
 Usage: python results/peers.py --peers .venv-peers/bin/python td3_bc     (or iql, cql; on an otherwise idle machine)
+       python results/peers.py --peers .venv-imitation/bin/python gail
 """
 
 import importlib
@@ -22,8 +25,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 ROUNDS, SECONDS = 7, 3.0  # each round gives each candidate about so long
-OURS = {"td3_bc": (1, 4, 16), "iql": (1, 4), "cql": (1, 4)}  # seeds
+OURS = {"td3_bc": (1, 4, 16), "iql": (1, 4), "cql": (1, 4), "gail": (1,)}  # seeds
 PEERS = {"td3_bc": ("d3rlpy", "d3rlpy, one fixed batch", "torchrl"), "iql": ("d3rlpy",), "cql": ("d3rlpy",)}
+PEERS["gail"] = ("imitation",)
+TASKS = {"gail": "hopper-expert"}  # the others': halfcheetah-medium
+STRIDE = {"gail": 8000}  # steps in what is called an update here
 
 
 def commands():
@@ -60,7 +66,9 @@ def ours(script, seeds):
     module.Run.steps = paused
     with tempfile.TemporaryDirectory() as folder:
         os.environ["RUNS_DIR"] = folder
-        module.train(module.Args(source="collected", seeds=seeds, steps=10**9, eval_every=10**9))
+        more = {} if script in STRIDE else {"seeds": seeds}
+        env = TASKS.get(script, "halfcheetah-medium")
+        module.train(module.Args(env=env, source="collected", steps=8 * 10**8, eval_every=8 * 10**8, **more))
 
 
 def columns(path):
@@ -139,6 +147,38 @@ def torchrl(path):
         timed(update, n)
 
 
+def imitation(path):
+    sys.path.remove(str(ROOT))  # what it knows as `datasets` is another package
+    import gymnasium
+    from imitation.algorithms.adversarial.gail import GAIL
+    from imitation.data.types import Transitions
+    from imitation.rewards.reward_nets import BasicRewardNet
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    obs, act, rew, terminals, timeouts = (column[:20_000] for column in columns(path))
+    rows = np.flatnonzero(~(terminals[:-1] | timeouts[:-1]).astype(bool))[::20][:200]  # as many as 4 demos of 50 pairs
+    infos, dones = np.array([{}] * len(rows)), np.zeros(len(rows), bool)
+    demos = Transitions(obs=obs[rows], acts=act[rows], next_obs=obs[rows + 1], dones=dones, infos=infos)
+    envs = DummyVecEnv([lambda: gymnasium.make("Hopper-v4")] * 8)
+    net = {"net_arch": [100, 100], "activation_fn": torch.nn.Tanh}
+    ppo = dict(n_steps=1000, batch_size=256, n_epochs=10, gamma=0.995, gae_lambda=0.97, policy_kwargs=net)
+    agent = PPO("MlpPolicy", envs, **ppo)
+    reward = BasicRewardNet(envs.observation_space, envs.action_space, hid_sizes=(100, 100))
+    gail = GAIL(
+        demonstrations=demos,
+        demo_batch_size=200,  # at most as many as there are
+        venv=envs,
+        gen_algo=agent,
+        reward_net=reward,
+        n_disc_updates_per_round=30,
+        gen_replay_buffer_capacity=8000,
+        allow_variable_horizon=True,
+    )
+    for n in commands():
+        timed(lambda: gail.train(8000), n)
+
+
 class Candidate:
     """A process that updates when it is asked to."""
 
@@ -153,8 +193,9 @@ class Candidate:
         while (line := self.process.stdout.readline()) != "ready\n":
             if not line:
                 raise SystemExit(f"error: {name} did not start; its messages are in {log}.")
-        self.ask(20)  # sets everything up
-        self.updates = max(10, int(SECONDS * 50 / self.ask(50)))
+        self.stride = STRIDE.get(script, 1)
+        self.ask(20 if self.stride == 1 else 1)  # sets everything up
+        self.updates = 1 if self.stride > 1 else max(10, int(SECONDS * 50 / self.ask(50)))
 
     def ask(self, n):
         self.process.stdin.write(f"{n}\n")
@@ -163,7 +204,7 @@ class Candidate:
         return float(line)
 
     def round(self):
-        self.rates.append(self.agents * self.updates / self.ask(self.updates))
+        self.rates.append(self.agents * self.stride * self.updates / self.ask(self.updates))
 
 
 def compare(peers, script):
@@ -172,8 +213,9 @@ def compare(peers, script):
     from datasets.sources import collected_file
     from results.bench import append, machine
 
-    load("halfcheetah-medium", "collected")  # collects the file where it is not there yet
-    path = collected_file(find_task("halfcheetah-medium"))
+    task = TASKS.get(script, "halfcheetah-medium")
+    load(task, "collected")  # collects the file where it is not there yet
+    path = collected_file(find_task(task))
     everyone = [Candidate(sys.executable, script, "ours", path, seeds) for seeds in OURS[script]]
     everyone += [Candidate(peers, script, name, path, 1) for name in PEERS[script]]
     for _ in range(ROUNDS):
@@ -196,8 +238,8 @@ if __name__ == "__main__":
         script, name, path, agents = sys.argv[2:]
         if name == "ours":
             ours(script, int(agents))
-        elif name == "torchrl":
-            torchrl(path)
+        elif name in ("torchrl", "imitation"):
+            globals()[name](path)
         else:
             d3rlpy(script, path, fixed=name != "d3rlpy")
     elif sys.argv[1:2] == ["--peers"] and len(sys.argv) == 4 and sys.argv[3] in PEERS:

@@ -242,9 +242,8 @@ def speed_tables():
         else:
             peers += [""] if peers else []
             names = [row["name"] for row in entry["rows"] if row["name"] in row]
-            peers += [
-                f"| {NAMES[script]}, {device} | agent-updates/s | {' | '.join(f'ratio to {name}' for name in names)} |"
-            ]
+            unit = "environment steps/s" if script == "gail" else "agent-updates/s"
+            peers.append(f"| {NAMES[script]}, {device} | {unit} | {' | '.join(f'ratio to {name}' for name in names)} |")
             peers += ["| --- | ---: |" + " ---: |" * len(names)]
             for row in entry["rows"]:
                 name = (
@@ -360,13 +359,14 @@ transitions. Published scores are for D4RL's own data, 1,000,000 updates:
 ## Speed
 
 `make bench`, the latest on each device: batch 256, updates without evaluation; the seconds of one evaluation of all
-agents, 10 episodes each, and its share of a run that evaluates every 5,000 updates, as is the default.
+agents, 10 episodes each, and its share of a run that evaluates every 5,000 updates, as is the default (of GAIL, whose
+updates are environment steps, 96,000). MOPO's updates are without the training of its model and its rollouts.
 
 {scripts}
 
 `make bench-peers`: the updates of TD3+BC, IQL and CQL with the same data, batch size, widths and device, in turns in
-one run; medians of the rounds. An update draws its batch; "one fixed batch" is d3rlpy's update without that,
-compared with ours that does.
+one run; medians of the rounds. Of GAIL the environment steps, all training included. An update draws its batch; "one
+fixed batch" is d3rlpy's update without that, compared with ours that does.
 
 {peers}
 
