@@ -73,7 +73,7 @@ bench-peers: $(READY) .venv-peers/installed .venv-imitation/installed  ## the sa
 
 .venv-imitation/installed:
 	python3 -m venv .venv-imitation
-	.venv-imitation/bin/python -m pip install --disable-pip-version-check torch==2.13.0 imitation==1.0.1 mujoco==3.1.6 "numpy<2" h5py
+	.venv-imitation/bin/python -m pip install --disable-pip-version-check torch==2.13.0 imitation==1.0.1 "gymnasium[mujoco]" mujoco==3.1.6 "numpy<2" h5py
 	touch $@
 
 policies: $(READY)  ## train the behaviour policies again and copy the chosen snapshots (hours; goes on where it stopped)
