@@ -45,7 +45,7 @@ def timed(update, n):
         update()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    print(time.perf_counter() - start, flush=True)
+    print("seconds", time.perf_counter() - start, flush=True)
 
 
 def ours(script, seeds):
@@ -61,7 +61,7 @@ def ours(script, seeds):
                 yield next(loop)
             if run.device.type == "cuda":
                 torch.cuda.synchronize()
-            print(time.perf_counter() - start, flush=True)
+            print("seconds", time.perf_counter() - start, flush=True)
 
     module.Run.steps = paused
     with tempfile.TemporaryDirectory() as folder:
@@ -199,9 +199,10 @@ class Candidate:
 
     def ask(self, n):
         self.process.stdin.write(f"{n}\n")
-        if not (line := self.process.stdout.readline()):
-            raise SystemExit(f"error: {self.name} stopped.")
-        return float(line)
+        while not (line := self.process.stdout.readline()).startswith("seconds "):  # libraries print as they train
+            if not line:
+                raise SystemExit(f"error: {self.name} stopped.")
+        return float(line.split()[1])
 
     def round(self):
         self.rates.append(self.agents * self.stride * self.updates / self.ask(self.updates))

@@ -219,41 +219,42 @@ def dataset_table(rows):
 
 
 def speed_tables():
-    """Of results/bench.json, the latest measurement on each device, and the latest comparison with other libraries."""
-    entries = json.loads((RESULTS / "bench.json").read_text())
-    latest = {(entry["kind"], entry["device"], entry.get("script", "td3_bc")): entry for entry in entries}
+    """Of results/bench.json, the latest measurement of each script on each device, and of each comparison."""
+    scripts, comparisons = {}, {}
+    for entry in json.loads((RESULTS / "bench.json").read_text()):
+        device = entry["device"]
+        if entry["kind"] == "peers":
+            comparisons[entry.get("script", "td3_bc"), device] = entry["rows"]
+            continue
+        for row in entry["rows"]:
+            scripts[device, row["script"], row["seeds"]] = (
+                f"| {device} | {row['script']} | {row['seeds']} | {row['updates_per_s']:,.0f} "
+                f"| {row['agent_updates_per_s']:,.0f} | {row['memory_mb']:,} | {row['evaluation_s']:.1f} "
+                f"| {row['evaluation_share']:.0%} | {entry['commit']} |"
+            )
+        for name, difference in entry.get("graph_difference", {}).items():
+            line = f"| {device} | {name}, graph or not: parameters differ by {difference:.1e} | | | | | | | |"
+            scripts[device, name, 0] = line
     lines = [
         "| device | script | seeds | updates/s | agent-updates/s | memory, MB | evaluation, s | its share | commit |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        *(scripts[key] for key in sorted(scripts)),
     ]
     peers = []
-    for (kind, device, script), entry in sorted(latest.items(), key=lambda item: item[0]):
-        lines += [f"| {device} | {what}: not measured | | | | | | | |" for what in entry.get("not measured", [])]
-        if kind == "scripts":
-            for row in entry["rows"]:
-                lines.append(
-                    f"| {device} | {row['script']} | {row['seeds']} | {row['updates_per_s']:,.0f} "
-                    f"| {row['agent_updates_per_s']:,.0f} | {row['memory_mb']:,} | {row['evaluation_s']:.1f} "
-                    f"| {row['evaluation_share']:.0%} | {entry['commit']} |"
-                )
-            for name, difference in entry.get("graph_difference", {}).items():
-                lines.append(
-                    f"| {device} | {name}, graph or not: parameters differ by {difference:.1e} | | | | | | | |"
-                )
-        else:
-            peers += [""] if peers else []
-            names = [row["name"] for row in entry["rows"] if row["name"] in row]
-            unit = "environment steps/s" if script == "gail" else "agent-updates/s"
-            peers.append(f"| {NAMES[script]}, {device} | {unit} | {' | '.join(f'ratio to {name}' for name in names)} |")
-            peers += ["| --- | ---: |" + " ---: |" * len(names)]
-            for row in entry["rows"]:
-                name = (
-                    f"{row['name']}, {row['seeds']} seed{'s' * (row['seeds'] > 1)}"
-                    if row["name"] == "ours"
-                    else row["name"]
-                )
-                ratios = " | ".join(f"{row[name]:.2f}" for name in names)
-                peers.append(f"| {name} | {row['agent_updates_per_s']:,} | {ratios} |")
+    for (script, device), rows in sorted(comparisons.items()):
+        peers += [""] if peers else []
+        names = [row["name"] for row in rows if row["name"] in row]
+        unit = "environment steps/s" if script == "gail" else "agent-updates/s"
+        peers.append(f"| {NAMES[script]}, {device} | {unit} | {' | '.join(f'ratio to {name}' for name in names)} |")
+        peers += ["| --- | ---: |" + " ---: |" * len(names)]
+        for row in rows:
+            name = (
+                f"{row['name']}, {row['seeds']} seed{'s' * (row['seeds'] > 1)}"
+                if row["name"] == "ours"
+                else row["name"]
+            )
+            ratios = " | ".join(f"{row[name]:.2f}" for name in names)
+            peers.append(f"| {name} | {row['agent_updates_per_s']:,} | {ratios} |")
     return "\n".join(lines), "\n".join(peers)
 
 

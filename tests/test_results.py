@@ -149,20 +149,20 @@ def test_published_scores_have_sources():
 
 
 def test_speed_tables(tmp_path, monkeypatch):
-    """The latest measurement of each device; what was not measured says so."""
+    """The latest measurement of each script on each device."""
     row = {"script": "bc", "seeds": 1, "updates": 10, "updates_per_s": 5.0, "agent_updates_per_s": 5.0}
     row |= {"memory_mb": 100, "evaluation_s": 0.5, "evaluation_share": 0.1}
     monkeypatch.setattr(bench, "FILE", tmp_path / "bench.json")
     monkeypatch.setattr(table, "RESULTS", tmp_path)
     bench.FILE.write_text("[]")
-    bench.append({"kind": "scripts", "device": "H200", "rows": [], "not measured": ["bc, 1 seed"]})
+    bench.append({"kind": "scripts", "device": "H200", "commit": "gpu", "rows": [], "graph_difference": {"bc": 0.0}})
     bench.append({"kind": "scripts", "device": "cpu", "commit": "old", "rows": [row]})
     bench.append({"kind": "scripts", "device": "cpu", "commit": "new", "rows": [row | {"updates_per_s": 1234.5}]})
     ratios = [{"name": "ours", "seeds": 4, "agent_updates_per_s": 250, "peer": 2.5}]
     ratios += [{"name": "peer", "seeds": 1, "agent_updates_per_s": 100, "peer": 1.0}]
     bench.append({"kind": "peers", "device": "cpu", "commit": "new", "rows": ratios})
     scripts, peers = table.speed_tables()
-    assert "| H200 | bc, 1 seed: not measured |" in scripts and "| old |" not in scripts
+    assert "| H200 | bc, graph or not: parameters differ by 0.0e+00 |" in scripts and "| old |" not in scripts
     assert "| cpu | bc | 1 | 1,234 | 5 | 100 | 0.5 | 10% | new |" in scripts
     assert "| ours, 4 seeds | 250 | 2.50 |" in peers and "| peer | 100 | 1.00 |" in peers
 
