@@ -36,7 +36,7 @@ class Args:
     seed: int = 0
     steps: int = 3_000_000  # environment steps
     batch_size: int = 256
-    lr: float = 3e-4
+    lr: float = 3e-4  # of policy and value at first, falling linearly to 0
     gamma: float = 0.995  # discount
     eval_every: int = 96_000
     eval_episodes: int = 10
@@ -114,31 +114,32 @@ def advantages(args, rew, value, next_value, done, last):
 
 def play(args, envs, seed, data, actor):
     """`horizon` steps in each environment, from new episodes on: obs, act, next_obs (T, E, ...), done, last (T, E)."""
-    obs, episode, columns = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], len(envs), []
+    obs, episode = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], len(envs)
+    seen, acts, followers, flags = [], [], [], []
 
     def normalized(x):
         x = torch.as_tensor(np.array(x), dtype=torch.float32, device=data.rows.device)
         return ((x - data.obs_mean) / data.obs_std).clamp(-10, 10)
 
     for t in range(args.horizon):
-        x = normalized(obs)  # (E, O)
+        seen.append(normalized(obs))  # (E, O)
         with torch.no_grad():
-            mean, log_std = actor(x)
-            act = mean + log_std.exp() * torch.randn_like(mean)
-        next_obs, flags = [], []
-        for i, (env, action) in enumerate(zip(envs, act.clamp(-1, 1).cpu().numpy())):
+            mean, log_std = actor(seen[-1])
+            acts.append(mean + log_std.exp() * torch.randn_like(mean))
+        for i, (env, action) in enumerate(zip(envs, acts[-1].clamp(-1, 1).cpu().numpy())):
             obs[i], _, terminated, truncated, _ = env.step(action)
-            next_obs.append(obs[i])
+            followers.append(obs[i])
             flags.append((terminated, terminated or truncated or t + 1 == args.horizon))
             if terminated or truncated:
                 obs[i], episode = env.reset(seed=seed + episode)[0], episode + 1
-        flags = torch.tensor(flags, dtype=torch.float32, device=x.device)  # (E, 2)
-        columns.append((x, act, normalized(next_obs), *flags.unbind(1)))
-    return [torch.stack(column) for column in zip(*columns)]
+    data.check_env(followers)
+    obs, act, next_obs = torch.stack(seen), torch.stack(acts), normalized(followers)
+    flags = torch.tensor(flags, dtype=torch.float32, device=obs.device)  # (T E, 2)
+    return obs, act, next_obs.view_as(obs), *flags.view(*obs.shape[:2], 2).unbind(-1)
 
 
 def train(args):
-    run = Run(__file__, args)
+    run = Run(__file__, args, schedule=True)  # of the policy's learning rate
     data = load(args.env, args.source, run.device, args.eval_env)
     data.keep_demos(args.demos, args.every, args.seed)
     data.normalize_obs()  # (obs - mean) / (std + 1e-3), of the demonstrations
@@ -180,6 +181,7 @@ def train(args):
 
     state = dict(actor=actor, value=value, disc=disc, opt=opt, disc_opt=disc_opt)
     for step in run.steps(data, stride=size, **state):
+        opt.param_groups[0]["lr"] = args.lr * (1 - (step - size) / args.steps)
         update(100_000_000 * args.seed + step)  # seeded by the step, so that a resumed run meets the same start states
         if run.due(step):
             run.report(step, data.evaluate(lambda x: policy(x, actor), args.eval_episodes, args.seed))

@@ -67,6 +67,7 @@ class Dataset:
         return data
 
     def add(self, obs, act, rew, next_obs, done):
+        self.check_env(next_obs, rew)
         row = np.concatenate([obs, act, [rew], next_obs, [done]])
         self.rows[self.added % len(self.rows)] = torch.as_tensor(row, dtype=torch.float32)
         self.added += 1
@@ -183,9 +184,18 @@ class Dataset:
             if not np.isfinite(act).all():
                 raise UserError("The policy returns actions that are not finite; the run has diverged.")
             obs, rew, over = envs.step(act)
+            self.check_env(obs, rew)
             returns += rew
             running &= ~over
         return returns.reshape(shape)
+
+    def check_env(self, *values):
+        """Stops where the environment has returned observations or rewards that are not finite."""
+        if not all(np.isfinite(value).all() for value in values):
+            raise UserError(
+                f"The environment of {self.task.name} returned an observation or a reward that is not finite: its "
+                "simulation has failed, or it is broken. --resume goes on from the last checkpoint."
+            )
 
     def score(self, returns):
         """Normalized score: 0 is a random policy, 100 an expert."""

@@ -1,4 +1,6 @@
 import dataclasses
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium
@@ -159,6 +161,40 @@ def test_bad_input(expert):
         gail.train(arguments(expert, demos=5))
     with pytest.raises(UserError, match="--steps must be a multiple of --envs x --horizon, 800, not 1000"):
         gail.train(arguments(expert, steps=1000))
+
+
+def test_environment_that_returns_nan(expert, monkeypatch):
+    """Acting and in an evaluation; what is saved stays."""
+    env_class = type(gymnasium.make("InvertedPendulum-v4").unwrapped)
+    step, calls = env_class.step, []
+
+    def broken(env, action):
+        calls.append(action)
+        obs, *rest = step(env, action)
+        return (obs * np.nan if len(calls) > 2000 else obs, *rest)
+
+    monkeypatch.setattr(env_class, "step", broken)
+    args = arguments(expert, steps=4000, eval_episodes=1)
+    with pytest.raises(UserError, match="not finite: its simulation has failed, or it is broken. --resume goes on"):
+        gail.train(args)
+    ((folder, _, files),) = [entry for entry in os.walk(os.environ["RUNS_DIR"]) if "checkpoint.pt" in entry[2]]
+    assert torch.load(Path(folder, "checkpoint.pt"), weights_only=True)["step"] in (800, 1600)
+    data = Dataset.buffer(find_task("hopper"), 10)
+    with pytest.raises(UserError, match="not finite"):
+        data.add(np.zeros(11), np.zeros(3), np.nan, np.zeros(11), False)
+    monkeypatch.setattr(
+        data,
+        "_envs",
+        (
+            1,
+            SimpleNamespace(
+                reset=lambda seeds: np.zeros((1, 11)),
+                step=lambda act: (np.full((1, 11), np.inf), np.zeros(1), np.ones(1, bool)),
+            ),
+        ),
+    )
+    with pytest.raises(UserError, match="not finite"):
+        data.evaluate(lambda x: torch.zeros(1, 3), 1, 0)
 
 
 def test_keep_demos():
