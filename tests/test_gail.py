@@ -179,7 +179,7 @@ def test_environment_that_returns_nan(expert, monkeypatch):
         gail.train(args)
     ((folder, _, files),) = [entry for entry in os.walk(os.environ["RUNS_DIR"]) if "checkpoint.pt" in entry[2]]
     assert torch.load(Path(folder, "checkpoint.pt"), weights_only=True)["step"] in (800, 1600)
-    data = Dataset.buffer(find_task("hopper"), 10)
+    data = Dataset.buffer(find_task("hopper-medium"), 10)
     with pytest.raises(UserError, match="not finite"):
         data.add(np.zeros(11), np.zeros(3), np.nan, np.zeros(11), False)
     monkeypatch.setattr(
