@@ -7,7 +7,8 @@
 
 -log D is above 0 and so pays for staying alive, whoever the expert was; log(1 - D) is below 0 and pays for ending;
 their sum does neither (--reward). Observations are normalized by the demonstrations; an iteration plays new episodes.
-Differs from the authors' code: PPO (Schulman et al. 2017) in place of TRPO, which takes a tenth of the steps.
+Differs from the authors' code: PPO (Schulman et al. 2017) with a falling learning rate in place of TRPO, which takes a
+tenth of the steps, and a gradient penalty (Gulrajani et al. 2017), or D is soon so sure that no pair earns anything.
 Usage: python algorithms/gail.py --env hopper-expert --demos 4
 """
 
@@ -34,7 +35,7 @@ class Args:
     source: str = "auto"  # where its data come from: auto, d4rl, minari, collected
     eval_env: str = ""  # the Gymnasium environment to act and evaluate in, for an HDF5 file of your own
     seed: int = 0
-    steps: int = 3_000_000  # environment steps
+    steps: int = 2_000_000  # environment steps
     batch_size: int = 256
     lr: float = 3e-4  # of policy and value at first, falling linearly to 0
     gamma: float = 0.995  # discount
@@ -53,6 +54,7 @@ class Args:
     gae_lambda: float = 0.97  # of advantage estimation: 0 the TD error, 1 the whole return
     disc_lr: float = 3e-4  # of the discriminator
     disc_updates: int = 30  # of the discriminator in an iteration
+    grad_penalty: float = 10.0  # weight of the discriminator's gradient penalty
     reward: Literal["-logD", "log(1-D)", "sum"] = "-logD"  # what the policy earns
 
 
@@ -89,6 +91,13 @@ def log_density(act, mean, log_std):
 def discriminator_loss(logit, expert_logit):
     """At pairs of the policy (B,) and of the expert (B,), D = sigmoid(logit): log D = -softplus(-logit)."""
     return F.softplus(-logit).mean() + F.softplus(expert_logit).mean()  # (Eq. 14)
+
+
+def gradient_penalty(pairs, expert_pairs, disc):
+    """(|gradient| - 1)+^2 of the logit between pairs of the policy and of the expert, (B, O + A) each -> ()."""
+    between = torch.lerp(pairs, expert_pairs, torch.rand_like(pairs[:, :1])).requires_grad_()
+    (grad,) = torch.autograd.grad(disc(between).sum(), between, create_graph=True)
+    return ((grad.norm(dim=-1) - 1).clamp(min=0) ** 2).mean()
 
 
 def reward_of(args, logit):
@@ -152,20 +161,22 @@ def train(args):
     disc = mlp(O + A, 100, 100, 1).to(run.device)
     opt = torch.optim.Adam([*actor.parameters(), *value.parameters()], args.lr, fused=True)
     disc_opt = torch.optim.Adam(disc.parameters(), args.disc_lr, fused=True)
-    judge = lambda obs, act: disc(torch.cat([obs, act.clamp(-1, 1)], -1)).squeeze(-1)
+    judge = lambda pairs: disc(pairs).squeeze(-1)  # (..., O + A) -> logit (...)
 
     def update(seed):
         obs, act, next_obs, done, last = play(args, envs, seed, data, actor)
         flat_obs, flat_act = obs.flatten(0, 1), act.flatten(0, 1)  # (T E, O), (T E, A)
+        pairs = torch.cat([obs, act.clamp(-1, 1)], -1)  # (T, E, O + A): what the environment was given
         for _ in range(args.disc_updates):
             expert, rows = data.sample(args.batch_size), torch.randint(size, (args.batch_size,), device=run.device)
-            loss_d = discriminator_loss(judge(flat_obs[rows], flat_act[rows]), judge(expert.obs, expert.act))
+            both = pairs.flatten(0, 1)[rows], torch.cat([expert.obs, expert.act], -1)  # (B, O + A) each
+            loss_d = discriminator_loss(*map(judge, both)) + args.grad_penalty * gradient_penalty(*both, disc)
             disc_opt.zero_grad()
             loss_d.backward()
             disc_opt.step()
 
         with torch.no_grad():
-            rew = (1 - args.gamma) * reward_of(args, judge(obs, act))  # (T, E); values are then as large as rewards
+            rew = (1 - args.gamma) * reward_of(args, judge(pairs))  # (T, E); values are then as large as rewards
             v, next_v = value(obs).squeeze(-1), value(next_obs).squeeze(-1)
             adv = advantages(args, rew, v, next_v, done, last)
             ret, adv = (adv + v).flatten(), ((adv - adv.mean()) / (adv.std() + 1e-8)).flatten()  # (T E,)

@@ -29,6 +29,28 @@ def test_discriminator_loss_and_reward():
     assert gail.Args().reward == "-logD"
 
 
+def test_gradient_penalty():
+    """Against differences of the logit at the points between; a discriminator that is flat costs nothing."""
+    torch.manual_seed(0)
+    disc = torch.nn.Sequential(torch.nn.Linear(O, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1)).double()
+    disc[2].weight.data *= 4
+    pairs, expert_pairs = torch.randn(2, B, O, dtype=torch.float64)
+    torch.manual_seed(1)
+    penalty = gail.gradient_penalty(pairs, expert_pairs, disc)
+    torch.manual_seed(1)
+    x = pairs + torch.rand(B, 1, dtype=torch.float64) * (expert_pairs - pairs)
+    with torch.no_grad():
+        steps = 1e-6 * torch.eye(O, dtype=torch.float64)[:, None]  # (O, 1, O)
+        grad = (disc(x + steps) - disc(x - steps)).squeeze(-1).numpy() / 2e-6  # (O, B)
+    norms = np.sqrt(np.sum(grad**2, 0))
+    assert norms.min() < 1 < norms.max()
+    assert penalty.item() == pytest.approx(np.mean(np.maximum(norms - 1, 0) ** 2), rel=1e-5)
+    penalty.backward()
+    assert disc[0].weight.grad.abs().sum() > 0
+    disc[2].weight.data *= 0.001
+    assert gail.gradient_penalty(pairs, expert_pairs, disc) == 0
+
+
 def test_actor_loss():
     torch.manual_seed(0)
     actor = gail.Actor(O, A)
@@ -119,7 +141,7 @@ def arguments(expert, **changes):
 def test_right_signs_imitate_and_wrong_ones_do_not(expert, monkeypatch):
     """The policy balances with the cart where the expert keeps it. With flipped labels it may balance too, as -log D
     pays for surviving, but elsewhere; with a constant reward it falls."""
-    loss, args = gail.discriminator_loss, arguments(expert, steps=16_000, eval_every=16_000, lr=1e-3, gamma=0.99)
+    loss, args = gail.discriminator_loss, arguments(expert, steps=24_000, eval_every=24_000, lr=2e-3, gamma=0.99)
 
     def place_after_training():
         """Of the cart, the mean over the second half of 200 steps; None if the pendulum has fallen by then."""
