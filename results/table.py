@@ -55,7 +55,9 @@ COLORS = {
     "SAC-N": "tab:pink",
     "EDAC": "tab:purple",
     "DT": "black",
+    "MOPO": "gold",
 }
+ACTING = ("GAIL", "SAC (online)")  # which learn from the environment too: not among those that do not
 LEAST = 100_000  # updates; shorter runs are listed and not compared
 # Arguments that a script has got later, with the values that stand for what it did before.
 LATER = {"bc": {"demos": 0, "every": 20}}
@@ -123,6 +125,25 @@ def grid_table(cells, published):
                 cell += f"; {float(published[name, env]['mean']):.1f}</sub>" if (name, env) in published else "</sub>"
             line.append(cell)
         lines.append("| " + " | ".join(line) + " |")
+    return "\n".join(lines)
+
+
+def imitation_table(cells, rows):
+    """What imitates --demos trajectories: its return beside the mean return of the data that they are drawn from."""
+    experts = {row["fingerprint"]: row["mean"] for row in rows}
+    lines = [
+        "| demonstrations | algorithm | return | expert's return | share | seeds x steps |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for (env, source, name, changed, steps, fingerprint, _), records in cells:
+        if not (demos := records[0]["args"].get("demos")) or fingerprint not in experts:
+            continue
+        returns, expert = [np.mean(record["returns"]) for record in records], experts[fingerprint]
+        name = " ".join((name, *(word for word in changed if not word.startswith("demos="))))
+        lines.append(
+            f"| {demos} of {env} ({source}) | {name} | {mean_and_deviation(returns)} | {expert:.0f} "
+            f"| {np.mean(returns) / expert:.0%} | {len(records)} x {steps:,} |"
+        )
     return "\n".join(lines)
 
 
@@ -322,16 +343,17 @@ def fill(text, name, content):
 
 if __name__ == "__main__":
     cells, published = read_cells(), read_published()
-    long = [(cell, records) for cell, records in cells if cell[4] >= LEAST]
+    long = [(cell, records) for cell, records in cells if cell[4] >= LEAST and cell[2] not in ACTING]
     scores, agreement = score_table(cells, published), rank_agreement(long, published)
     draw_curves(long, published)
     readme = (ROOT / "README.md").read_text()
     scripts, peers = speed_tables()
-    for name, content in (("scores", grid_table(long, published)), ("scripts", script_table()), ("peers", peers)):
+    rows = json.loads((ROOT / "datasets" / "statistics.json").read_text())
+    parts = {"scores": grid_table(long, published), "imitation": imitation_table(cells, rows)}
+    for name, content in (parts | {"scripts": script_table(), "peers": peers}).items():
         readme = fill(readme, name, content)
     (ROOT / "README.md").write_text(readme)
     guide = ROOT / "datasets" / "README.md"
-    rows = json.loads((ROOT / "datasets" / "statistics.json").read_text())
     guide.write_text(fill(guide.read_text(), "datasets", dataset_table(rows)))
     sources = "\n".join(sorted({f"- {row['source']}: {row['note']}" for row in published.values()}))
     (RESULTS / "README.md").write_text(f"""# Results

@@ -102,6 +102,21 @@ def test_grid(folder):
     ]
 
 
+def test_imitation(folder):
+    """Shares of the mean return of the data that the demonstrations come from; other runs are not there."""
+    gail = {"algorithm": "gail", "env": "hopper-expert", "steps": 8000, "args": {"demos": 4}}
+    write(folder, "seed=0", **gail, returns=[2000.0, 3000.0])
+    write(folder, "seed=1", **gail, seed=1, returns=[1000.0, 2000.0])
+    write(folder, "seed=0,demos=4,lr=0.1", **gail | {"algorithm": "bc"}, returns=[0.0])
+    write(folder, "seed=0,demos=4", **gail | {"algorithm": "bc"}, returns=[0.0], fingerprint="unknown")
+    write(folder, "seed=0", algorithm="bc", env="hopper-expert", args={"demos": 0})
+    lines = table.imitation_table(table.read_cells(), [{"fingerprint": "f0", "mean": 4000.0}]).splitlines()
+    assert lines[2:] == [
+        "| 4 of hopper-expert (collected) | BC lr=0.1 | 0.0 | 4000 | 0% | 1 x 8,000 |",
+        "| 4 of hopper-expert (collected) | GAIL | 2000.0 ± 707.1 | 4000 | 50% | 2 x 8,000 |",
+    ]
+
+
 def test_summary(folder):
     """Eight runs on two tasks: the mean without the lowest and highest quarter; the interval draws seeds per task."""
     for seed, score in enumerate((1.0, 2.0, 3.0, 100.0)):
