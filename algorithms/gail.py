@@ -26,6 +26,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import UserError, load
+from datasets.envs import make_envs
 from results.run import Run
 
 
@@ -123,28 +124,29 @@ def advantages(args, rew, value, next_value, done, last):
 
 def play(args, envs, seed, data, actor):
     """`horizon` steps in each environment, from new episodes on: obs, act, next_obs (T, E, ...), done, last (T, E)."""
-    obs, episode = [env.reset(seed=seed + i)[0] for i, env in enumerate(envs)], len(envs)
-    seen, acts, followers, flags = [], [], [], []
+    columns, started = [], args.envs
+    obs = envs.reset(seed + np.arange(args.envs))  # (E, O)
 
     def normalized(x):
-        x = torch.as_tensor(np.array(x), dtype=torch.float32, device=data.rows.device)
+        x = torch.as_tensor(x, dtype=torch.float32, device=data.rows.device)
         return ((x - data.obs_mean) / data.obs_std).clamp(-10, 10)
 
     for t in range(args.horizon):
-        seen.append(normalized(obs))  # (E, O)
+        x = normalized(obs)
         with torch.no_grad():
-            mean, log_std = actor(seen[-1])
-            acts.append(mean + log_std.exp() * torch.randn_like(mean))
-        for i, (env, action) in enumerate(zip(envs, acts[-1].clamp(-1, 1).cpu().numpy())):
-            obs[i], _, terminated, truncated, _ = env.step(action)
-            followers.append(obs[i])
-            flags.append((terminated, terminated or truncated or t + 1 == args.horizon))
-            if terminated or truncated:
-                obs[i], episode = env.reset(seed=seed + episode)[0], episode + 1
-    data.check_env(followers)
-    obs, act, next_obs = torch.stack(seen), torch.stack(acts), normalized(followers)
-    flags = torch.tensor(flags, dtype=torch.float32, device=obs.device)  # (T E, 2)
-    return obs, act, next_obs.view_as(obs), *flags.view(*obs.shape[:2], 2).unbind(-1)
+            mean, log_std = actor(x)
+            act = mean + log_std.exp() * torch.randn_like(mean)
+        next_obs, _, terminated, truncated = envs.step(act.clamp(-1, 1).cpu().numpy())
+        data.check_env(next_obs)
+        over = terminated | truncated
+        columns.append((x, act, normalized(next_obs), terminated, over | (t + 1 == args.horizon)))
+        obs = next_obs
+        if over.any():
+            seeds = np.where(over, seed + started + over.cumsum() - 1, -1)  # of the episodes that start now
+            obs, started = envs.reset(seeds), started + over.sum()
+    *floats, done, last = zip(*columns)
+    flags = torch.as_tensor(np.array([done, last]), dtype=torch.float32, device=data.rows.device)  # (2, T, E)
+    return *map(torch.stack, floats), *flags
 
 
 def train(args):
@@ -152,7 +154,7 @@ def train(args):
     data = load(args.env, args.source, run.device, args.eval_env)
     data.keep_demos(args.demos, args.every, args.seed)
     data.normalize_obs()  # (obs - mean) / (std + 1e-3), of the demonstrations
-    envs, size = [data.task.make_env() for _ in range(args.envs)], args.envs * args.horizon
+    envs, size = make_envs(data.task, args.envs, per_worker=4), args.envs * args.horizon
     if args.steps % size:
         raise UserError(f"--steps must be a multiple of --envs x --horizon, {size}, not {args.steps}.")
 

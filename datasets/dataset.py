@@ -183,10 +183,10 @@ class Dataset:
             act = act.cpu().numpy()
             if not np.isfinite(act).all():
                 raise UserError("The policy returns actions that are not finite; the run has diverged.")
-            obs, rew, over = envs.step(act)
+            obs, rew, terminated, truncated = envs.step(act)
             self.check_env(obs, rew)
             returns += rew
-            running &= ~over
+            running &= ~(terminated | truncated)
         return returns.reshape(shape)
 
     def check_env(self, *values):

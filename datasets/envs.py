@@ -17,22 +17,26 @@ class Envs:
 
     def __init__(self, task, n):
         self.envs = [task.make_env() for _ in range(n)]
+        self.obs, self.running = [None] * n, set()
 
     def reset(self, seeds):
-        """Starts an episode in each environment: seeds (N,) -> obs (N, O)."""
-        self.running = set(range(len(self.envs)))
-        self.obs = np.stack([env.reset(seed=int(seed))[0] for env, seed in zip(self.envs, seeds)])
-        return self.obs
+        """Starts an episode in each environment, a seed below 0 aside: seeds (N,) -> obs (N, O)."""
+        for i, seed in enumerate(seeds):
+            if seed >= 0:
+                self.obs[i], _ = self.envs[i].reset(seed=int(seed))
+                self.running.add(i)
+        return np.array(self.obs)
 
     def step(self, act):
-        """act (N, A) -> obs (N, O), rew (N,), over (N,). An episode that is over stays as it is, with rewards of 0."""
-        rew, over = np.zeros(len(self.envs)), np.ones(len(self.envs), bool)
+        """act (N, A) -> obs (N, O), rew (N,), terminated (N,), truncated (N,). An episode that is over stays as it is,
+        with rewards of 0 and truncated."""
+        rew, terminated = np.zeros(len(self.envs)), np.zeros(len(self.envs), bool)
+        truncated = np.ones(len(self.envs), bool)
         for i in tuple(self.running):
-            self.obs[i], rew[i], terminated, truncated, _ = self.envs[i].step(act[i])
-            over[i] = terminated or truncated
-            if over[i]:
+            self.obs[i], rew[i], terminated[i], truncated[i], _ = self.envs[i].step(act[i])
+            if terminated[i] or truncated[i]:
                 self.running.remove(i)
-        return self.obs, rew, over
+        return np.array(self.obs), rew, terminated, truncated
 
 
 class Workers:
@@ -56,7 +60,7 @@ class Workers:
                 pipe.send((method, values[share]))
             return [pipe.recv() for pipe in self.pipes]
         except (EOFError, OSError):
-            raise UserError("A worker process of the evaluation died (out of memory?); --resume goes on.") from None
+            raise UserError("A worker process of the environments died (out of memory?); --resume goes on.") from None
 
     def reset(self, seeds):
         return np.concatenate(self.call("reset", seeds))
@@ -78,8 +82,8 @@ def serve(pipe, task, n, parent):
             return
 
 
-def make_envs(task, n):
+def make_envs(task, n, per_worker=PER_WORKER):
     """Envs, or Workers where there are cores for them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cores, n // PER_WORKER)
+    workers = min(cores, n // per_worker)
     return Workers(task, n, workers) if workers > 1 else Envs(task, n)

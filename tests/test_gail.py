@@ -12,6 +12,7 @@ from test_scripts import assert_equal, stopped, trained
 
 from algorithms import gail
 from datasets import Dataset, UserError, find_task
+from datasets.envs import Envs, Workers
 
 B, O, A = 6, 4, 2
 
@@ -90,7 +91,7 @@ def test_play():
     data = Dataset.buffer(task, 0)
     data.obs_mean += 0.5
     torch.manual_seed(0)
-    envs, actor = [task.make_env() for _ in range(3)], gail.Actor(11, 3)
+    envs, actor = Envs(task, 3), gail.Actor(11, 3)
     args = gail.Args(horizon=40, envs=3)
     columns = gail.play(args, envs, 7, data, actor)
     obs, act, next_obs, done, last = columns
@@ -104,9 +105,10 @@ def test_play():
     for t in range(5):
         following, *_ = env.step(act[t, 0].clamp(-1, 1).numpy())
         np.testing.assert_allclose(next_obs[t, 0], following - 0.5, atol=1e-5)
-    torch.manual_seed(0)
-    for one, other in zip(columns, gail.play(args, envs, 7, data, gail.Actor(11, 3))):
-        assert torch.equal(one, other)
+    for again in (envs, Workers(task, 3, 2)):
+        torch.manual_seed(0)
+        for one, other in zip(columns, gail.play(args, again, 7, data, gail.Actor(11, 3))):
+            assert torch.equal(one, other)
 
 
 PLACE = 0.4  # of the cart, where the expert keeps it
@@ -204,17 +206,8 @@ def test_environment_that_returns_nan(expert, monkeypatch):
     data = Dataset.buffer(find_task("hopper-medium"), 10)
     with pytest.raises(UserError, match="not finite"):
         data.add(np.zeros(11), np.zeros(3), np.nan, np.zeros(11), False)
-    monkeypatch.setattr(
-        data,
-        "_envs",
-        (
-            1,
-            SimpleNamespace(
-                reset=lambda seeds: np.zeros((1, 11)),
-                step=lambda act: (np.full((1, 11), np.inf), np.zeros(1), np.ones(1, bool)),
-            ),
-        ),
-    )
+    step = lambda act: (np.full((1, 11), np.inf), np.zeros(1), *np.ones((2, 1), bool))
+    monkeypatch.setattr(data, "_envs", (1, SimpleNamespace(reset=lambda seeds: np.zeros((1, 11)), step=step)))
     with pytest.raises(UserError, match="not finite"):
         data.evaluate(lambda x: torch.zeros(1, 3), 1, 0)
 

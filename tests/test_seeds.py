@@ -164,7 +164,8 @@ def test_number_of_workers(monkeypatch):
     assert len(envs.make_envs(task, 10).envs) == 10 and not made
     for n in (20, 400):
         envs.make_envs(task, n)
-    assert made == [(20, 2), (400, 4)]
+    envs.make_envs(task, 8, per_worker=4)
+    assert made == [(20, 2), (400, 4), (8, 2)]
 
 
 def test_dead_worker():
@@ -172,7 +173,7 @@ def test_dead_worker():
     workers.reset(np.arange(4))
     for pid in children(os.getpid()):
         os.kill(pid, 9)
-    with pytest.raises(UserError, match="worker process of the evaluation died"):
+    with pytest.raises(UserError, match="worker process of the environments died"):
         workers.step(np.zeros((4, 3)))
 
 

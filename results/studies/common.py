@@ -52,13 +52,13 @@ def train(study, name, script, steps, *words):
 def rollout(data, policy, episodes, seed=0):
     """Episodes side by side: obs (T + 1, episodes, O), not normalized, and rew (T, episodes), 0 after an end."""
     envs = make_envs(data.task, episodes)
-    obs, rews, running = [envs.reset(1000 * seed + np.arange(episodes)).copy()], [], np.ones(episodes, bool)
+    obs, rews, running = [envs.reset(1000 * seed + np.arange(episodes))], [], np.ones(episodes, bool)
     while running.any():
         act = policy(normalized(data, obs[-1])).clamp(-1, 1).numpy()
-        next_obs, rew, over = envs.step(act)
-        obs.append(next_obs.copy())
+        next_obs, rew, terminated, truncated = envs.step(act)
+        obs.append(next_obs)
         rews.append(rew)
-        running &= ~over
+        running &= ~(terminated | truncated)
     return np.array(obs), np.array(rews)
 
 
