@@ -26,7 +26,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import UserError, load
-from datasets.envs import make_envs
+from datasets.envs import Envs
 from results.run import Run
 
 
@@ -154,7 +154,7 @@ def train(args):
     data = load(args.env, args.source, run.device, args.eval_env)
     data.keep_demos(args.demos, args.every, args.seed)
     data.normalize_obs()  # (obs - mean) / (std + 1e-3), of the demonstrations
-    envs, size = make_envs(data.task, args.envs, per_worker=4), args.envs * args.horizon
+    envs, size = Envs(data.task, args.envs), args.envs * args.horizon
     if args.steps % size:
         raise UserError(f"--steps must be a multiple of --envs x --horizon, {size}, not {args.steps}.")
 

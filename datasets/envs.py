@@ -82,8 +82,8 @@ def serve(pipe, task, n, parent):
             return
 
 
-def make_envs(task, n, per_worker=PER_WORKER):
+def make_envs(task, n):
     """Envs, or Workers where there are cores for them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cores, n // per_worker)
+    workers = min(cores, n // PER_WORKER)
     return Workers(task, n, workers) if workers > 1 else Envs(task, n)

@@ -164,8 +164,7 @@ def test_number_of_workers(monkeypatch):
     assert len(envs.make_envs(task, 10).envs) == 10 and not made
     for n in (20, 400):
         envs.make_envs(task, n)
-    envs.make_envs(task, 8, per_worker=4)
-    assert made == [(20, 2), (400, 4), (8, 2)]
+    assert made == [(20, 2), (400, 4)]
 
 
 def test_dead_worker():
