@@ -122,31 +122,28 @@ def advantages(args, rew, value, next_value, done, last):
     return adv
 
 
+@torch.no_grad()
 def play(args, envs, seed, data, actor):
     """`horizon` steps in each environment, from new episodes on: obs, act, next_obs (T, E, ...), done, last (T, E)."""
+    tensor = lambda x: torch.as_tensor(x, dtype=torch.float32, device=data.rows.device)
+    normalized = lambda x: ((tensor(x) - data.obs_mean) / data.obs_std).clamp(-10, 10)
     columns, started = [], args.envs
     obs = envs.reset(seed + np.arange(args.envs))  # (E, O)
-
-    def normalized(x):
-        x = torch.as_tensor(x, dtype=torch.float32, device=data.rows.device)
-        return ((x - data.obs_mean) / data.obs_std).clamp(-10, 10)
-
     for t in range(args.horizon):
         x = normalized(obs)
-        with torch.no_grad():
-            mean, log_std = actor(x)
-            act = mean + log_std.exp() * torch.randn_like(mean)
+        mean, log_std = actor(x)
+        act = mean + log_std.exp() * torch.randn_like(mean)
         next_obs, _, terminated, truncated = envs.step(act.clamp(-1, 1).cpu().numpy())
-        data.check_env(next_obs)
         over = terminated | truncated
-        columns.append((x, act, normalized(next_obs), terminated, over | (t + 1 == args.horizon)))
+        columns.append((x, act, next_obs, terminated, over | (t + 1 == args.horizon)))
         obs = next_obs
         if over.any():
             seeds = np.where(over, seed + started + over.cumsum() - 1, -1)  # of the episodes that start now
             obs, started = envs.reset(seeds), started + over.sum()
-    *floats, done, last = zip(*columns)
-    flags = torch.as_tensor(np.array([done, last]), dtype=torch.float32, device=data.rows.device)  # (2, T, E)
-    return *map(torch.stack, floats), *flags
+    obs, act, *rest = zip(*columns)
+    next_obs, done, last = map(np.array, rest)
+    data.check_env(next_obs)
+    return torch.stack(obs), torch.stack(act), normalized(next_obs), tensor(done), tensor(last)
 
 
 def train(args):
