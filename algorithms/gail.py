@@ -7,8 +7,8 @@
 
 -log D is above 0 and so pays for staying alive, whoever the expert was; log(1 - D) is below 0 and pays for ending;
 their sum does neither (--reward). Observations are normalized by the demonstrations; an iteration plays new episodes.
-Differs from the authors' code: PPO (Schulman et al. 2017) with a falling learning rate in place of TRPO, which takes a
-tenth of the steps, and a gradient penalty (Gulrajani et al. 2017), or D is soon so sure that no pair earns anything.
+Differs from the authors' code: PPO (Schulman et al. 2017), its learning rate falling to 0, in place of TRPO; a tenth of
+the steps; a gradient penalty (Gulrajani et al. 2017), or D is soon so sure that no pair earns anything.
 Usage: python algorithms/gail.py --env hopper-expert --demos 4
 """
 
@@ -25,8 +25,7 @@ import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from datasets import UserError, load
-from datasets.envs import Envs
+from datasets import Envs, UserError, load
 from results.run import Run
 
 
@@ -38,7 +37,7 @@ class Args:
     seed: int = 0
     steps: int = 2_000_000  # environment steps
     batch_size: int = 256
-    lr: float = 3e-4  # of policy and value at first, falling linearly to 0
+    lr: float = 3e-4
     gamma: float = 0.995  # discount
     eval_every: int = 96_000
     eval_episodes: int = 10
@@ -134,6 +133,7 @@ def play(args, envs, seed, data, actor):
         mean, log_std = actor(x)
         act = mean + log_std.exp() * torch.randn_like(mean)
         next_obs, _, terminated, truncated = envs.step(act.clamp(-1, 1).cpu().numpy())
+        data.check_env(next_obs)
         over = terminated | truncated
         columns.append((x, act, next_obs, terminated, over | (t + 1 == args.horizon)))
         obs = next_obs
@@ -142,7 +142,6 @@ def play(args, envs, seed, data, actor):
             obs, started = envs.reset(seeds), started + over.sum()
     obs, act, *rest = zip(*columns)
     next_obs, done, last = map(np.array, rest)
-    data.check_env(next_obs)
     return torch.stack(obs), torch.stack(act), normalized(next_obs), tensor(done), tensor(last)
 
 

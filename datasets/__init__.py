@@ -10,9 +10,11 @@ farama_notifications.notifications.pop("gymnasium_robotics", None)
 from datasets import mazes
 from datasets.catalog import BODIES, TASKS, Task, UserError, find_task
 from datasets.dataset import Batch, Dataset, SarsaBatch
+from datasets.envs import Envs
 from datasets.sources import load, write_whole
 
-__all__ = ["BODIES", "TASKS", "Batch", "Dataset", "SarsaBatch", "Task", "UserError", "find_task", "load", "write_whole"]
+__all__ = ["BODIES", "TASKS", "Batch", "Dataset", "Envs", "SarsaBatch", "Task", "UserError", "find_task", "load"]
+__all__ += ["write_whole"]
 
 TASKS.update(mazes.TASKS)
 

@@ -142,7 +142,7 @@ def imitation_table(cells, rows):
         name = " ".join((name, *(word for word in changed if not word.startswith("demos="))))
         lines.append(
             f"| {demos} of {env} ({source}) | {name} | {mean_and_deviation(returns)} | {expert:.0f} "
-            f"| {np.mean(returns) / expert:.0%} | {len(records)} x {steps:,} |"
+            f"| {round(np.mean(returns) / expert, 2) + 0:.0%} | {len(records)} x {steps:,} |"
         )
     return "\n".join(lines)
 
