@@ -24,7 +24,7 @@ quickstart: $(READY)  ## install, collect a dataset, train TD3+BC on it, print i
 	$(PYTHON) algorithms/td3_bc.py --env halfcheetah-medium --source collected --steps 20000
 
 test: $(READY) lint  ## the test suite
-	$(PYTHON) -m pytest -n auto --maxprocesses 8
+	$(PYTHON) -m pytest
 
 test-ray: $(READY)  ## the grid's runner on a real local Ray, which it installs
 	$(PYTHON) -m pip install --disable-pip-version-check -r requirements-ray.txt
