@@ -6,10 +6,9 @@
     Lagrange  alpha rises while gap > threshold, the paper's tau, and falls below it
     actor     L_pi = E [temperature log pi(a | obs) - min_i Q_i(obs, a)],   SAC's (arXiv:1812.05905)
 
-Differs from the paper as the authors' code does: no 1/2 before the squared error, and a third of the actions sampled
-for CQL(H) are those of the policy at next_obs. Differs from the authors' code: the critics step before the actor's loss
-is taken; the target's action is one of the samples; CQL(rho) is the paper's, of the policy's own samples alone;
-weights start as PyTorch has them.
+Differs from the paper as the authors' code does: no 1/2 before the squared error; a third of the actions sampled for
+CQL(H) are the policy's at next_obs. Differs from their code: PyTorch's initial weights; the actor's loss sees the
+critics after their step; the target's action is one of the samples; CQL(rho) samples the policy at obs alone.
 Usage: python algorithms/cql.py --env halfcheetah-medium
 """
 

@@ -6,9 +6,8 @@
 
 No Q-function is ever asked about an action outside the data. pi is a Gaussian that is not squashed: its mean is a tanh,
 its deviation does not depend on obs. As in the authors' code: the actor's learning rate falls to 0 along a cosine over
---steps, and locomotion rewards are divided by the range of the trajectories' returns. Differs from the authors' code:
-observations are normalized, which learns several times as fast, as in CORL; critic and actor see V before its step,
-not after; PyTorch's initialisation, not orthogonal.
+--steps, and locomotion rewards are divided by the range of the trajectories' returns. Differs from theirs:
+observations are normalized, as in CORL; PyTorch's initial weights; each loss sees the networks before their steps.
 Usage: python algorithms/iql.py --env halfcheetah-medium
 """
 
@@ -121,13 +120,11 @@ def losses(args, batch, actor, critic, value, critic_target):
     with torch.no_grad():
         target_q = critic_target(batch.obs, batch.act)  # (2, B)
         assert target_q.shape == (2, len(batch.rew))
-        next_v = value(batch.next_obs).squeeze(-1)  # (B,)
-        target = batch.rew + args.gamma * (1 - batch.done) * next_v
+        target = batch.rew + args.gamma * (1 - batch.done) * value(batch.next_obs).squeeze(-1)  # (B,)
     u = target_q.amin(0) - value(batch.obs).squeeze(-1)  # (B,)
     value_loss = ((args.expectile - (u < 0).float()).abs() * u**2).mean()  # (Eq. 5)
 
-    q = critic(batch.obs, batch.act)  # (2, B)
-    critic_loss = ((q - target) ** 2).mean(1).sum()  # (Eq. 6)
+    critic_loss = ((critic(batch.obs, batch.act) - target) ** 2).mean(1).sum()  # of (2, B) (Eq. 6)
 
     weight = (args.beta * u.detach()).exp().clamp(max=100)
     mean, log_std = actor(batch.obs, args.dropout)  # (B, A), (A,)

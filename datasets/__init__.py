@@ -13,8 +13,19 @@ from datasets.dataset import Batch, Dataset, SarsaBatch
 from datasets.envs import Envs
 from datasets.sources import load, write_whole
 
-__all__ = ["BODIES", "TASKS", "Batch", "Dataset", "Envs", "SarsaBatch", "Task", "UserError", "find_task", "load"]
-__all__ += ["write_whole"]
+__all__ = [
+    "BODIES",
+    "TASKS",
+    "Batch",
+    "Dataset",
+    "Envs",
+    "SarsaBatch",
+    "Task",
+    "UserError",
+    "find_task",
+    "load",
+    "write_whole",
+]
 
 TASKS.update(mazes.TASKS)
 
