@@ -40,3 +40,18 @@ def test_cannot_draw(small, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="Cannot draw .*video.gif .division by zero.: apt-get install libosmesa6"):
         bc.train(arguments(bc, small, steps=2, batch_size=4, video=True))
     assert checkpoint_of(tmp_path).with_name("record-seed=0.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("a.avi", "Cannot write .*a.avi: it must be a .gif or .mp4"),
+        ("none/a.gif", "Cannot write .*a.gif: it must be .* in a folder that exists"),
+        ("a.mp4", "Cannot write .*a.mp4: pip install imageio-ffmpeg, or write a .gif"),
+    ],
+)
+def test_cannot_write(name, sentence, tmp_path, monkeypatch):
+    monkeypatch.setattr(video, "find_spec", lambda package: None)
+    monkeypatch.setattr(video, "render", lambda checkpoint: 1 / 0)
+    with pytest.raises(UserError, match=sentence):
+        video.record(tmp_path / "checkpoint.pt", tmp_path / name)
