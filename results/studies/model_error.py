@@ -1,9 +1,10 @@
 """How good is MOPO's model, and does its penalty know where it is not?
 
 One seed of the ensemble on each task, trained as mopo.py trains it but ended after some 93,000 updates, 20 minutes of a
-CPU core, while the errors still fall slowly. On transitions that were held out: each dimension's error of the ensemble's
-mean (root of the mean square), as a share of that of "the next is the current one, the reward the mean one"; the
-predicted standard deviation over that error; and the true error against the penalty u, in ten groups of equal size by u.
+CPU core, while the errors still fall slowly. On transitions that were held out: each dimension's error of the
+ensemble's mean (root of the mean square), as a share of that of "the next is the current one, the reward the mean one";
+the predicted standard deviation over that error; and the true error against the penalty u, in ten groups of equal size
+by u.
 
 Usage: make studies, or python results/studies/model_error.py
 """
