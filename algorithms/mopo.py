@@ -8,7 +8,7 @@
 
 Differs from the authors' code: the model's targets are scaled as its inputs are; each network has its own bounds of
 std; a rollout that terminates goes on from another state of the data; what is predicted stays within twice the data's
-range.
+range; the model has --model-updates, after which its errors still fall a little.
 Usage: python algorithms/mopo.py --env halfcheetah-medium-replay
 """
 
@@ -59,7 +59,7 @@ class Args:
     rollout_every: int = 1_000  # updates
     keep: int = 5  # the model transitions of so many times are kept
     model_lr: float = 1e-3  # of the dynamics
-    model_epochs: int = 1_000  # at most; it ends when 5 epochs long no network has become better by 1 %
+    model_updates: int = 100_000  # of the dynamics, at most; they end when for 5 epochs no network becomes 1 % better
 
 
 TUNED = {  # "" for all tasks, then by family, then by task: OfflineRL-Kit's run_mopo.py, for random data the paper's
@@ -303,8 +303,9 @@ def train(args):
     @torch.no_grad()
     def fit_model():
         """Epochs until PATIENCE of them have made no network better; the best of each network is kept."""
-        while stale.min() < PATIENCE and epochs.max() < args.model_epochs:
-            for _ in range(len(known_rows) // args.batch_size):
+        updates = max(1, len(known_rows) // args.batch_size)  # in an epoch
+        while stale.min() < PATIENCE and (left := args.model_updates - int(epochs.max()) * updates) > 0:
+            for _ in range(min(left, updates)):
                 update_model()
             error = model_errors(held)  # (N,), or (S, N)
             better = (error < 0.99 * best_error) & (stale < PATIENCE)[..., None]
@@ -330,8 +331,7 @@ def train(args):
                 model_rows[..., place : place + obs.shape[-2], :] = rows
                 place += obs.shape[-2]
                 batch = data.split(rows)
-                fresh = data.sample(obs.shape[-2], args.seeds).obs
-                obs = torch.where(batch.done[..., None] > 0, fresh, batch.next_obs)
+                obs = torch.where(batch.done[..., None] > 0, data.sample(obs.shape[-2], args.seeds).obs, batch.next_obs)
 
     real = int(args.real_ratio * args.batch_size)
     agents = torch.arange(args.seeds, device=run.device)[:, None]

@@ -92,7 +92,7 @@ def measure(script, seeds, device):
     with tempfile.TemporaryDirectory() as runs:
         before = 0.0
         if script == "mopo":  # whose model, and a first rollout, come before the first update, and are not counted
-            words += ["--env", "halfcheetah-medium-replay", "--model-epochs", 1, "--rollout-every", steps]
+            words += ["--env", "halfcheetah-medium-replay", "--model-updates", 1, "--rollout-every", steps]
             record, _ = train(script, runs, *words, "--steps", 1)
             before, words = record["seconds"] - record["eval_seconds"], [*words, "--resume"]
         record, _ = train(script, runs, *words)

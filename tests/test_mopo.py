@@ -1,6 +1,7 @@
 import dataclasses
 
 import gymnasium
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,18 @@ from datasets import Batch, Dataset, UserError, find_task
 from results.run import Run
 
 N, B, O, A = 3, 6, 4, 2
-QUICK = {"rollouts": 40, "rollout_every": 5, "keep": 2, "model_epochs": 2, "batch_size": 256}
+QUICK = {"rollouts": 40, "rollout_every": 5, "keep": 2, "model_updates": 12, "batch_size": 256}
+
+
+@pytest.fixture(scope="module")
+def small(small, tmp_path_factory):
+    """Its first three episodes: an epoch of the model is 9 updates."""
+    path = tmp_path_factory.mktemp("data") / "small.hdf5"
+    with h5py.File(small) as file, h5py.File(path, "w") as part:
+        part.attrs.update(file.attrs)
+        for name, column in file.items():
+            part[name] = column[:3000]
+    return path
 
 
 def model_of(*shape):
@@ -208,7 +220,7 @@ def test_early_stop(small, tmp_path, monkeypatch):
         return torch.full((7,), told[-1])
 
     monkeypatch.setattr(mopo, "model_error", error)
-    args = arguments(mopo, small, steps=10, **QUICK | {"model_epochs": 100})
+    args = arguments(mopo, small, steps=10, **QUICK | {"model_updates": 10_000})
     saved = trained(tmp_path, monkeypatch, "run", (mopo.train, args))
     assert len(told) == 8 and saved["state"]["epochs"] == 8 and (saved["state"]["best_error"] == 2).all()
     assert_equal(saved["state"]["dynamics"], saved["state"]["best"])

@@ -38,7 +38,7 @@ QUICK = {  # arguments that spare time, and use more of the code
     sac_n: {"n_critics": 4},
     edac: {"n_critics": 4},
     dt: {"context": 5},
-    mopo: {"rollouts": 40, "rollout_every": 5, "keep": 2, "model_epochs": 1},
+    mopo: {"rollouts": 40, "rollout_every": 5, "keep": 2, "model_updates": 20},
 }
 
 
