@@ -304,7 +304,7 @@ def draw_curves(cells, published):
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right")
-    figure.text(0.995, 0.01, "dotted: published, D4RL's data, 1,000,000 updates", ha="right", fontsize=7, color="gray")
+    figure.text(0.995, 0.01, "dotted: published, D4RL's data", ha="right", fontsize=7, color="gray")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(RESULTS / "learning_curves.png", dpi=110, metadata={"Software": None})
 
@@ -376,7 +376,7 @@ Spearman's correlation between our order of the algorithms and the published one
 {agreement}
 
 "collected" data come from this project's own behaviour policies: same task, size and quality as D4RL's, not the same
-transitions. Published scores are for D4RL's own data, 1,000,000 updates:
+transitions. Published scores are for D4RL's own data, 1,000,000 updates where nothing else is said:
 
 {sources}
 

@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
-    """A collected halfcheetah-medium of 20 episodes, as an HDF5 file."""
+    """A collected hopper-medium of 20,000 transitions: short episodes, quickly evaluated, as an HDF5 file."""
     path = tmp_path_factory.mktemp("data") / "small.hdf5"
-    collect(find_task("halfcheetah-medium"), path, 20_000)
+    collect(find_task("hopper-medium"), path, 20_000)
     return path
 
 

@@ -230,4 +230,4 @@ def test_asks_for_the_target(small, monkeypatch):
     monkeypatch.setattr(dt.Rollout, "__call__", watch)
     dt.train(arguments(dt, small, steps=1, batch_size=2))
     dt.train(arguments(dt, small, steps=1, batch_size=2, target=6000.0))
-    assert asked == [(12000.0, 1000.0), (6000.0, 1000.0)]
+    assert asked == [(3600.0, 1000.0), (6000.0, 1000.0)]

@@ -245,10 +245,11 @@ def test_checkpoint_acts(name, seeds, small, tmp_path):
 
 
 def test_readme_example(small, tmp_path, monkeypatch, capsys):
-    """The README's ten lines act with a checkpoint and reach what was evaluated."""
+    """The README's ten lines, with another body, act with a checkpoint and reach what was evaluated."""
     td3_bc.train(arguments(td3_bc, small, steps=10))
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     code = code.replace("runs/td3_bc/collected/halfcheetah-medium/seed=0/checkpoint.pt", str(checkpoint_of(tmp_path)))
+    code = code.replace("obs_dim=17, act_dim=6", "obs_dim=11, act_dim=3").replace("HalfCheetah", "Hopper")
     monkeypatch.chdir(ROOT)
     capsys.readouterr()
     exec(code, {})
@@ -279,17 +280,17 @@ def test_evaluate_refuses(tmp_path):
 
 def test_tuned_by_task(small, tmp_path, monkeypatch, capsys):
     """A task's own entry of TUNED wins over its family's, and what it says now must be what a resumed run was given."""
-    monkeypatch.setitem(edac.TUNED, "halfcheetah", dict(eta=5.0))
-    monkeypatch.setitem(edac.TUNED, "halfcheetah-medium", dict(eta=2.0))
+    monkeypatch.setitem(edac.TUNED, "hopper", dict(eta=5.0))
+    monkeypatch.setitem(edac.TUNED, "hopper-medium", dict(eta=2.0))
     args = arguments(edac, small, steps=10, batch_size=8, n_critics=3)
     edac.train(args)
-    assert "halfcheetah-medium: n_critics 3, eta 2.0\n" in capsys.readouterr().out
+    assert "hopper-medium: n_critics 3, eta 2.0\n" in capsys.readouterr().out
     folder = checkpoint_of(tmp_path).parent
     assert folder.name == "seed=0,batch_size=8,eval_every=10,eval_episodes=1,n_critics=3"
     tuned = json.loads((folder / "record-seed=0.json").read_text())["args"]
     assert (tuned["eta"], tuned["n_critics"], tuned["lr"]) == (2.0, 3, 3e-4)
     edac.train(dataclasses.replace(args, steps=20, resume=True))
-    monkeypatch.setitem(edac.TUNED, "halfcheetah-medium", dict(eta=3.0))
+    monkeypatch.setitem(edac.TUNED, "hopper-medium", dict(eta=3.0))
     with pytest.raises(UserError, match=r"with other arguments: eta was 2\.0"):
         edac.train(dataclasses.replace(args, steps=30, resume=True))
     with pytest.raises(UserError, match="--n-critics must be at least 1"):
@@ -364,7 +365,7 @@ def test_top_fraction(small):
     data = bc.load(str(small))
     best = bc.top_trajectories(data, 0.1)
     returns = data.returns()
-    assert sorted(returns[best]) == sorted(returns)[-2:]
+    assert sorted(returns[best]) == sorted(returns)[-int(0.1 * len(returns)) :]
     assert len(bc.top_trajectories(data, 0.001)) == 1
     data.keep(best)
     np.testing.assert_allclose(data.returns(), returns[best])
@@ -395,9 +396,9 @@ def test_record_and_earlier_run(small, tmp_path):
     args = arguments(bc, small, steps=10, lr=1e-3)
     bc.train(args)
     folder = checkpoint_of(tmp_path).parent
-    assert folder == tmp_path / "runs/bc/collected/halfcheetah-medium/seed=0,lr=0.001,eval_every=10,eval_episodes=1"
+    assert folder == tmp_path / "runs/bc/collected/hopper-medium/seed=0,lr=0.001,eval_every=10,eval_episodes=1"
     record = json.loads((folder / "record-seed=0.json").read_text())
-    assert (record["algorithm"], record["env"], record["source"]) == ("bc", "halfcheetah-medium", "collected")
+    assert (record["algorithm"], record["env"], record["source"]) == ("bc", "hopper-medium", "collected")
     assert (record["steps"], record["seed"], record["args"]["lr"]) == (10, 0, 1e-3)
     assert len(record["returns"]) == 1 and record["curve"][-1]["score"] == record["score"]
     (folder / "mine").touch()

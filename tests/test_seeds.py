@@ -111,7 +111,7 @@ def test_one_record_for_each_seed(small, tmp_path, monkeypatch):
     monkeypatch.setattr("results.run.ROOT", tmp_path)
     bc.train(arguments(bc, small, steps=20, seed=5, seeds=2, lr=1e-3, record=True))
     bc.train(arguments(bc, small, steps=20, seed=7, lr=1e-3, record=True))
-    folder = tmp_path / "results/runs/bc/collected/halfcheetah-medium"
+    folder = tmp_path / "results/runs/bc/collected/hopper-medium"
     names = [f"seed={seed},lr=0.001,eval_every=10,eval_episodes=1,steps=20.json" for seed in (5, 6, 7)]
     assert sorted(path.name for path in folder.iterdir()) == names
     five, six, seven = (json.loads((folder / name).read_text()) for name in names)
