@@ -8,7 +8,7 @@
 -log D is above 0 and so pays for staying alive, whoever the expert was; log(1 - D) is below 0 and pays for ending;
 their sum does neither (--reward). Observations are normalized by the demonstrations; an iteration plays new episodes.
 Differs from the authors' code: PPO (Schulman et al. 2017), its learning rate falling to 0, in place of TRPO; a tenth of
-the steps; a gradient penalty on D (Gulrajani et al. 2017): Walker2d comes to 82 with it, to 18 without.
+the steps; a gradient penalty on D (Gulrajani et al. 2017): Walker2d scores 82 after 960,000 steps, 18 without it.
 Usage: python algorithms/gail.py --env hopper-expert --demos 4
 """
 
