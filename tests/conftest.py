@@ -32,18 +32,21 @@ def own_folders(tmp_path, monkeypatch):
     torch.set_num_threads(1)
 
 
-def start(*words, **options):
+def start(*words, cwd=ROOT, **options):
     """A Python process of this repository, started in the background."""
     command = [sys.executable, *map(str, words)]
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ), **options
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ), **options
     )
 
 
-def fails(*words, **options):
-    """The one sentence on standard error with which a command fails; no traceback, exit status not 0."""
-    process = start(*words, **options)
+def error_of(process):
+    """The one sentence on standard error with which a process fails; no traceback, exit status not 0."""
     _, err = process.communicate(timeout=120)
     assert process.returncode not in (0, None), err
     assert "Traceback" not in err, err
     return err.strip().splitlines()[-1]
+
+
+def fails(*words, **options):
+    return error_of(start(*words, **options))

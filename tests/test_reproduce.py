@@ -13,7 +13,7 @@ from datasets import collect, find_task, sources
 from results import reproduce
 from results.reproduce import Args, Job, find_jobs
 
-GRID = ["--algos", "bc", "--envs", "stitch-gap", "--seeds", "0", "1", "--steps", "6000"]
+GRID = ["--algos", "bc", "--envs", "stitch-gap", "--seeds", "0", "1", "--steps", "3000"]
 TIMES = ("seconds", "eval_seconds", "memory_mb")
 
 
@@ -61,7 +61,7 @@ def test_killed_and_started_again(project, tmp_path):
     rng = random.Random(0)
     for _ in range(int(os.environ.get("KILLS", 3))):
         process = launch(project)
-        time.sleep(rng.uniform(3, 9))
+        time.sleep(rng.uniform(4, 7))
         process.kill()  # the runner alone: its runs must end with it
         process.communicate()
     process = launch(project)
