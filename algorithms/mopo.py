@@ -6,9 +6,10 @@
     policy   SAC (offline_sac.py) on batches of 5 % real and 95 % model transitions, which are rollouts of h steps
              from states of the data, 50,000 every 1,000 updates                                        (Alg. 1, 2)
 
-Differs from the authors' code: the model's targets are scaled as its inputs are; each network has its own bounds of
-std; a rollout that terminates goes on from another state of the data; what is predicted stays within twice the data's
-range; the model has --model-updates, after which its errors still fall a little.
+As in OfflineRL-Kit, whose lam and h these are: the actor's learning rate falls to 0 along a cosine over --steps.
+Differs from the authors' code: the model's targets are scaled as its inputs are; each network's batches come from all
+rows, not from a resample of them; a rollout that terminates goes on from another state of the data; what is predicted
+stays within twice the data's range; the model has --model-updates: with more it becomes more exact, and u vanishes.
 Usage: python algorithms/mopo.py --env halfcheetah-medium-replay
 """
 
@@ -59,7 +60,7 @@ class Args:
     rollout_every: int = 1_000  # updates
     keep: int = 5  # the model transitions of so many times are kept
     model_lr: float = 1e-3  # of the dynamics
-    model_updates: int = 100_000  # of the dynamics, at most; they end when for 5 epochs no network becomes 1 % better
+    model_updates: int = 20_000  # of the dynamics, at most; they end when for 5 epochs no network becomes 1 % better
 
 
 TUNED = {  # "" for all tasks, then by family, then by task: OfflineRL-Kit's run_mopo.py, for random data the paper's
@@ -146,8 +147,8 @@ class Dynamics(nn.Module):
             self.register_buffer(name, x if name == "obs_mean" else x + 1e-6)
         sizes = (data.obs_dim + data.act_dim, 200, 200, 200, 200, 2 * y.shape[1])
         self.layers = nn.ModuleList(EnsembleLinear(N, i, o) for i, o in zip(sizes, sizes[1:]))
-        self.low = nn.Parameter(torch.full((N, 1, y.shape[1]), -5.0))  # bounds of log_std, in units of y_std
-        self.high = nn.Parameter(torch.full((N, 1, y.shape[1]), 0.25))
+        self.low = nn.Parameter(torch.full((1, 1, y.shape[1]), -5.0))  # bounds of log_std, in units of y_std
+        self.high = nn.Parameter(torch.full((1, 1, y.shape[1]), 0.25))
 
     def forward(self, obs, act):
         x = torch.cat([(obs - self.obs_mean) / self.obs_std, act], -1)  # (..., O + A)
@@ -259,7 +260,7 @@ def lift(seeds, function, *nets):
 
 
 def train(args):
-    run = Run(__file__, args)
+    run = Run(__file__, args, schedule=True)  # of the actor's learning rate
     data = load(args.env, args.source, run.device, args.eval_env)
     args = run.tuned(data.task, TUNED)
     ended = [ENDED[body] for body in ENDED if body in data.task.env_id + data.task.env_spec]
@@ -272,7 +273,7 @@ def train(args):
     bound = 2 * torch.maximum(data.obs.abs().amax(0), data.next_obs.abs().amax(0))  # (O,)
 
     dynamics = stack([Dynamics(NETWORKS, data) for _ in range(args.seeds)]).to(run.device)
-    best = deepcopy(dynamics).requires_grad_(False)
+    best = deepcopy(dynamics.layers).requires_grad_(False)
     best_error = torch.full((*lead, NETWORKS), torch.inf, device=run.device)
     epochs, stale, correlation = (torch.zeros(lead, device=run.device) for _ in range(3))
     groups = [dict(params=layer.parameters(), weight_decay=x) for layer, x in zip(dynamics.layers, WEIGHT_DECAY)]
@@ -285,15 +286,16 @@ def train(args):
     critic = stack([Critic(O, A) for _ in range(args.seeds)]).to(run.device)
     critic_target = deepcopy(critic).requires_grad_(False)
     log_alpha = torch.zeros(args.seeds, device=run.device, requires_grad=True)  # (S,)
-    groups = [dict(params=critic.parameters()), dict(params=[*actor.parameters(), log_alpha], lr=args.actor_lr)]
-    adam_opt = torch.optim.Adam(groups, args.lr, fused=True, capturable=True)
+    lr = torch.tensor(args.actor_lr, device=run.device)  # the actor's: a tensor, for update() to change
+    groups = [dict(params=actor.parameters(), lr=lr), dict(params=[log_alpha], lr=args.actor_lr)]
+    adam_opt = torch.optim.Adam([*groups, dict(params=critic.parameters())], args.lr, fused=True, capturable=True)
     critic_losses = lift(args.seeds, partial(critic_loss, args), actor, critic, critic_target)
     actor_losses = lift(args.seeds, actor_loss, actor, critic)
 
     @torch.enable_grad()
     def update_model():
         rows = torch.randint(len(known_rows), (*lead, NETWORKS, args.batch_size), device=run.device)
-        loss = model_losses(data.split(known_rows[rows])).sum() + 0.01 * (dynamics.high - dynamics.low).sum()
+        loss = model_losses(data.split(known_rows[rows])).sum() + 0.02 * (dynamics.high - dynamics.low).sum()
         model_opt.zero_grad()
         loss.backward()
         model_opt.step()
@@ -312,10 +314,10 @@ def train(args):
             best_error.copy_(torch.where(better, error, best_error))
             stale.copy_(torch.where(better.any(-1), 0, stale + 1))
             epochs.add_(1)
-            for kept, now in zip(best.parameters(), dynamics.parameters()):
+            for kept, now in zip(best.parameters(), dynamics.layers.parameters()):
                 kept.copy_(torch.where(better[..., None, None], now, kept))
             run.progress(f"model epoch {epochs.max():.0f}, held-out error {best_error.mean():.4f}")
-        dynamics.load_state_dict(best.state_dict())
+        dynamics.layers.load_state_dict(best.state_dict())
         correlation.copy_(correlations(held))
 
     block = args.h * args.rollouts
@@ -351,6 +353,8 @@ def train(args):
         adam_opt.step()
         with torch.no_grad():  # or the targets would drag the whole history of the critics along
             torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
+            progress = adam_opt.state[log_alpha]["step"] / args.steps  # (), on the device: Adam's own count
+            adam_opt.param_groups[0]["lr"].copy_(args.actor_lr / 2 * (1 + torch.cos(torch.pi * progress)))
         watched = {"critic_loss": loss_q, "actor_loss": loss_pi, "alpha": alpha}
         run.watch(watched | {"model_error": best_error.mean(-1), "penalty_correlation": correlation})
 
