@@ -122,16 +122,17 @@ def test_steps_may_grow(small, tmp_path, monkeypatch):
         iql.train(arguments(iql, small, steps=20, resume=True))
 
 
-def test_iql_schedule(small, monkeypatch):
+@pytest.mark.parametrize("script, opt, name", [(iql, "opt", "lr"), (mopo, "adam_opt", "actor_lr")])
+def test_schedule(script, opt, name, small, monkeypatch):
     """The actor's learning rate after k of 20 updates: lr (1 + cos(pi k / 20)) / 2."""
     rates, watch = [], Run.watch
 
     def watch_rate(run, losses):
-        rates.append(run.state["opt"].param_groups[0]["lr"].item())
+        rates.append(run.state[opt].param_groups[0]["lr"].item())
         watch(run, losses)
 
     monkeypatch.setattr(Run, "watch", watch_rate)
-    iql.train(arguments(iql, small, steps=20, lr=1e-3))
+    script.train(arguments(script, small, steps=20, **{name: 1e-3}))
     np.testing.assert_allclose(rates, 1e-3 * (1 + np.cos(np.pi * np.arange(1, 21) / 20)) / 2, rtol=1e-5, atol=1e-10)
 
 
