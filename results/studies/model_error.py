@@ -1,6 +1,6 @@
 """How good is MOPO's model, and does its penalty know where it is not?
 
-One seed of the ensemble on each task, trained as mopo.py trains it (on a CPU 20 minutes). On transitions that were held
+One seed of the ensemble on each task, trained as mopo.py trains it (ten minutes on a CPU). On transitions held
 out: each dimension's error of the ensemble's mean (root of the mean square), as a share of that of "the next is the
 current one, the reward the mean one"; the predicted standard deviation over that error; and the true error against the
 penalty u, in ten groups of equal size by u.
