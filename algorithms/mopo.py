@@ -6,10 +6,9 @@
     policy   SAC (offline_sac.py) on batches of 5 % real and 95 % model transitions, which are rollouts of h steps
              from states of the data, 50,000 every 1,000 updates                                        (Alg. 1, 2)
 
-As in OfflineRL-Kit, whose lam and h these are: the actor's learning rate falls to 0 along a cosine over --steps.
-Differs from the authors' code: the model's targets are scaled as its inputs are; each network's batches come from all
-rows, not from a resample of them; a rollout that terminates goes on from another state of the data; what is predicted
-stays within twice the data's range; the model has --model-updates: with more it becomes more exact, and u vanishes.
+As in OfflineRL-Kit, whose lam and h these are, the actor's learning rate falls to 0 along a cosine. Differs from the
+authors' code: the model's targets are scaled as its inputs are; its networks draw from all rows; a rollout that
+terminates goes on from another state of the data; predictions stay within twice its range; model_updates ends the fit.
 Usage: python algorithms/mopo.py --env halfcheetah-medium-replay
 """
 
@@ -147,8 +146,7 @@ class Dynamics(nn.Module):
             self.register_buffer(name, x if name == "obs_mean" else x + 1e-6)
         sizes = (data.obs_dim + data.act_dim, 200, 200, 200, 200, 2 * y.shape[1])
         self.layers = nn.ModuleList(EnsembleLinear(N, i, o) for i, o in zip(sizes, sizes[1:]))
-        self.low = nn.Parameter(torch.full((1, 1, y.shape[1]), -5.0))  # bounds of log_std, in units of y_std
-        self.high = nn.Parameter(torch.full((1, 1, y.shape[1]), 0.25))
+        self.low, self.high = (nn.Parameter(torch.full((1, 1, y.shape[1]), x)) for x in (-5.0, 0.25))  # of log_std
 
     def forward(self, obs, act):
         x = torch.cat([(obs - self.obs_mean) / self.obs_std, act], -1)  # (..., O + A)
@@ -280,7 +278,6 @@ def train(args):
     groups.append(dict(params=[dynamics.low, dynamics.high]))
     model_opt = torch.optim.Adam(groups, args.model_lr, fused=True, capturable=True)
     model_losses, model_errors = (lift(args.seeds, function, dynamics) for function in (model_loss, model_error))
-    correlations = lift(args.seeds, partial(rank_correlation, args), dynamics)
 
     actor = stack([Actor(O, A) for _ in range(args.seeds)]).to(run.device)
     critic = stack([Critic(O, A) for _ in range(args.seeds)]).to(run.device)
@@ -292,6 +289,7 @@ def train(args):
     critic_losses = lift(args.seeds, partial(critic_loss, args), actor, critic, critic_target)
     actor_losses = lift(args.seeds, actor_loss, actor, critic)
 
+    @run.graphed
     @torch.enable_grad()
     def update_model():
         rows = torch.randint(len(known_rows), (*lead, NETWORKS, args.batch_size), device=run.device)
@@ -299,8 +297,6 @@ def train(args):
         model_opt.zero_grad()
         loss.backward()
         model_opt.step()
-
-    update_model = run.graphed(update_model)
 
     @torch.no_grad()
     def fit_model():
@@ -318,7 +314,7 @@ def train(args):
                 kept.copy_(torch.where(better[..., None, None], now, kept))
             run.progress(f"model epoch {epochs.max():.0f}, held-out error {best_error.mean():.4f}")
         dynamics.layers.load_state_dict(best.state_dict())
-        correlation.copy_(correlations(held))
+        correlation.copy_(lift(args.seeds, partial(rank_correlation, args), dynamics)(held))
 
     block = args.h * args.rollouts
     model_rows = torch.zeros(*lead, args.keep * block, data.rows.shape[-1], device=run.device)
