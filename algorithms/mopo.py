@@ -146,14 +146,14 @@ class Dynamics(nn.Module):
             self.register_buffer(name, x if name == "obs_mean" else x + 1e-6)
         sizes = (data.obs_dim + data.act_dim, 200, 200, 200, 200, 2 * y.shape[1])
         self.layers = nn.ModuleList(EnsembleLinear(N, i, o) for i, o in zip(sizes, sizes[1:]))
-        self.low, self.high = (nn.Parameter(torch.full((1, 1, y.shape[1]), x)) for x in (-5.0, 0.25))  # of log_std
+        self.low, self.high = (nn.Parameter(torch.full((1, 1, y.shape[1]), x)) for x in (-5.0, 0.25))
 
     def forward(self, obs, act):
         x = torch.cat([(obs - self.obs_mean) / self.obs_std, act], -1)  # (..., O + A)
         for layer in self.layers[:-1]:
             x = F.silu(layer(x))  # (N, B, 200)
         mean, log_std = self.layers[-1](x).chunk(2, -1)  # (N, B, O + 1) each
-        log_std = self.high - F.softplus(self.high - log_std)
+        log_std = self.high - F.softplus(self.high - log_std)  # bounded softly, in units of y_std
         log_std = self.low + F.softplus(log_std - self.low)
         return mean * self.y_std, log_std + self.y_std.log()
 
