@@ -107,15 +107,21 @@ def score_table(cells, published):
     return "\n".join(lines)
 
 
-def grid_table(cells, published):
-    """Tasks x algorithms: of each the longest runs with the published arguments, and below them the published score."""
-    longest = {}  # (source, env, name): (steps, records)
+def longest_runs(cells):
+    """Those with the published arguments, of each algorithm on a task: {(source, env, name): (steps, records)}."""
+    longest = {}
     for (env, source, name, changed, steps, *_), records in cells:
         if not changed and steps >= longest.get((source, env, name), (0,))[0]:
             longest[source, env, name] = steps, records
+    return {key: longest[key] for key in sorted(longest, key=lambda key: (key[0], place_of(key[1])))}
+
+
+def grid_table(cells, published):
+    """Tasks x algorithms: the score of the longest runs, and below it the published one."""
+    longest = longest_runs(cells)
     names = [name for name in COLORS if any(key[2] == name for key in longest)]
     lines = ["| task, data | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    for source, env in sorted({key[:2] for key in longest}, key=lambda key: (key[0], place_of(key[1]))):
+    for source, env in dict.fromkeys(key[:2] for key in longest):
         line = [f"{env}<br><sub>{source}; published</sub>"]
         for name in names:
             cell, (steps, records) = "", longest.get((source, env, name), (0, []))
@@ -187,14 +193,14 @@ def summary_table(cells):
 def rank_agreement(cells, published):
     """Lines of a list: for each task with three algorithms or more, Spearman's correlation with the published order."""
     tasks = defaultdict(dict)
-    for (env, source, name, changed, *_), records in cells:  # in the order of steps: the longest stays
-        if not changed and (name, env) in published:
+    for (source, env, name), (_, records) in longest_runs(cells).items():
+        if (name, env) in published:
             tasks[env, source][name] = np.mean([record["score"] for record in records])
     lines = []
     for (env, source), ours in tasks.items():
         if len(ours) >= 3:
             rho = spearmanr(list(ours.values()), [float(published[name, env]["mean"]) for name in ours]).statistic
-            lines.append(f"- {env} ({source}): {rho:.2f}, of {', '.join(sorted(ours, key=ours.get))} in our order")
+            lines.append(f"- {env} ({source}): {rho:.2f}, of {', '.join(sorted(ours, key=ours.get))}")
     return "\n".join(lines)
 
 
@@ -281,31 +287,31 @@ def speed_tables():
 
 def draw_curves(cells, published):
     """Mean score over training, the seeds' range shaded, the published score as a dotted line; one panel a task."""
-    tasks = sorted({(env, source) for (env, source, *_), _ in cells})
+    longest = longest_runs(cells)
+    tasks = list(dict.fromkeys(key[:2] for key in longest))
     rows = -(-len(tasks) // 3)
     figure, axes = plt.subplots(rows, 3, figsize=(16, 3.6 * rows), squeeze=False)
     for axis in axes.flat[len(tasks) :]:
         axis.axis("off")
-    for axis, task in zip(axes.flat, tasks):
-        for (env, source, name, changed, *_), records in cells:
-            if (env, source) != task:
+    for axis, (source, env) in zip(axes.flat, tasks):
+        for name, color in COLORS.items():
+            if (source, env, name) not in longest:
                 continue
-            curves = [{point["step"]: point["score"] for point in record["curve"]} for record in records]
+            curves = [{p["step"]: p["score"] for p in record["curve"]} for record in longest[source, env, name][1]]
             steps = [step for step in curves[0] if all(step in curve for curve in curves)]
             scores = np.array([[curve[step] for step in steps] for curve in curves])  # (seeds, points)
-            color = COLORS.get(name) if not changed else None
-            label = f"{' '.join((name, *changed))}, {len(records)} seeds"
-            (line,) = axis.plot(steps, scores.mean(0), color=color, label=label)
-            axis.fill_between(steps, scores.min(0), scores.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
-            if (name, env) in published and not changed:
-                row = published[name, env]
-                axis.axhline(float(row["mean"]), color=line.get_color(), linestyle=":", linewidth=1)
-        axis.set(title=f"{task[0]} ({task[1]})", xlabel="updates", ylabel="normalized score", ylim=(0, None))
+            axis.plot(steps, scores.mean(0), color=color, label=name)
+            axis.fill_between(steps, scores.min(0), scores.max(0), color=color, alpha=0.2, linewidth=0)
+            if (name, env) in published:
+                axis.axhline(float(published[name, env]["mean"]), color=color, linestyle=":", linewidth=1)
+        axis.set(title=f"{env} ({source})", xlabel="updates", ylabel="normalized score", ylim=(0, None))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:.0f}k")
         axis.grid(alpha=0.3)
-        axis.legend(loc="lower right")
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.lines if line.get_label() in COLORS}
+    shown = [name for name in COLORS if name in lines]
+    figure.legend([lines[name] for name in shown], shown, loc="lower center", ncols=12, frameon=False)
     figure.text(0.995, 0.01, "dotted: published, D4RL's data", ha="right", fontsize=7, color="gray")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.tight_layout(rect=(0, 0.035, 1, 1))
     figure.savefig(RESULTS / "learning_curves.png", dpi=110, metadata={"Software": None})
 
 
@@ -371,7 +377,7 @@ Over all tasks of the table, so far as they are run; here, in the curves and in 
 
 {summary_table(long)}
 
-Spearman's correlation between our order of the algorithms and the published one:
+Spearman's correlation between our order of the algorithms, named from the lowest score up, and the published one:
 
 {agreement}
 

@@ -136,8 +136,8 @@ def test_rank_agreement(folder):
     write(folder, "seed=0", algorithm="bc", env="halfcheetah-medium")
     lines = table.rank_agreement(table.read_cells(), table.read_published()).splitlines()
     assert lines == [
-        "- hopper-medium (collected): -0.50, of TD3+BC, IQL, BC in our order",
-        "- walker2d-medium (collected): 0.50, of BC, TD3+BC, IQL in our order",
+        "- hopper-medium (collected): -0.50, of TD3+BC, IQL, BC",
+        "- walker2d-medium (collected): 0.50, of BC, TD3+BC, IQL",
     ]
 
 
