@@ -372,8 +372,9 @@ sample standard deviation over seeds; each seed is the mean of its final evaluat
 
 {scores}
 
-Over all tasks of the table, so far as they are run; here, in the curves and in the README's table runs of fewer than
-{LEAST:,} updates are left out:
+The curves, the README's table and the order of the algorithms below are those of the longest runs with the published
+arguments. Over all tasks of the table, so far as they are run; here and there runs of fewer than {LEAST:,} updates are
+left out:
 
 {summary_table(long)}
 
