@@ -56,9 +56,7 @@ def test_seeds_do_not_leak(name, small, monkeypatch, request):
     monkeypatch.setattr(Run, "_save", lambda run: ends.append(state_of(run)))
     request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     torch.set_default_dtype(torch.float64)  # also of what is not in a network: log_alpha
-    args = arguments(
-        script, small, steps=50, eval_every=50, batch_size=8, **({"dropout": 0.0} if name == "dt" else {})
-    )
+    args = arguments(script, small, steps=50, eval_every=50, batch_size=8, **({"dropout": 0.0} if name == "dt" else {}))
     script.train(dataclasses.replace(args, seeds=3))
     together, starts_together, batches_together = ends.pop(), list(starts), list(batches)
     assert len(batches_together) == 50 and batches_together[0].act.shape[:2] == (3, 8)
