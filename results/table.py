@@ -373,8 +373,8 @@ sample standard deviation over seeds; each seed is the mean of its final evaluat
 {scores}
 
 The curves, the README's table and the order of the algorithms below are those of the longest runs with the published
-arguments. Over all tasks of the table, so far as they are run; here and there runs of fewer than {LEAST:,} updates are
-left out:
+arguments. The means below are over all tasks of the table, so far as they are run. Both leave out runs of fewer than
+{LEAST:,} updates:
 
 {summary_table(long)}
 
