@@ -78,7 +78,10 @@ class Sequence(NamedTuple):
 
 
 class Block(nn.Module):
-    """Of a transformer, normalisation first: (B, L, WIDTH) -> (B, L, WIDTH); mask (B, 1, L, L), True: may be seen."""
+    """Of a transformer, normalisation first: (B, L, WIDTH) -> the same at the tokens `ask`, a slice of the L.
+
+    mask (B, 1, L, L), True where the token of a row may see that of a column.
+    """
 
     def __init__(self):
         super().__init__()
@@ -86,10 +89,11 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.ReLU(), nn.Linear(4 * WIDTH, WIDTH))
 
-    def forward(self, x, mask, dropout):
-        heads = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1)).movedim(-3, 0).transpose(-3, -2)
+    def forward(self, x, mask, dropout, ask=slice(None)):
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, HEADS, -1)).movedim(-3, 0).transpose(-3, -2)
+        q, x, mask = q[..., ask, :], x[..., ask, :], mask[..., ask, :]
         with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the fused kernels, which are no faster at this length
-            y = F.scaled_dot_product_attention(*heads, attn_mask=mask, dropout_p=dropout)  # (B, HEADS, L, ...)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # (B, HEADS, L, ...)
         x = x + F.dropout(self.out(y.transpose(-3, -2).flatten(-2)), dropout)
         return x + F.dropout(self.mlp(self.norm2(x)), dropout)
 
@@ -118,9 +122,10 @@ class Actor(nn.Module):
         earlier = torch.ones(L, L, dtype=torch.bool, device=x.device).tril()
         itself = torch.eye(L, dtype=torch.bool, device=x.device)  # or a padded token would see none, which is 0 / 0
         mask = (earlier & real.unsqueeze(-2) | itself).unsqueeze(-3)  # (B, 1, L, L)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, mask, dropout)
-        return self.head(self.last_norm(x[..., 1::3, :])).tanh()  # at the tokens of obs
+        x = self.blocks[-1](x, mask, dropout, slice(1, None, 3))  # (B, K, WIDTH), at the tokens of obs, which act
+        return self.head(self.last_norm(x)).tanh()
 
 
 def policy(seq, actor):
