@@ -46,13 +46,18 @@ class Workers:
         # A forked worker is there at once, and touches neither torch nor CUDA; outside Linux forks are unsafe.
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         self.shares = [slice(part[0], part[-1] + 1) for part in np.array_split(np.arange(n), workers)]
-        self.pipes = []
+        self.pipes, self.processes = [], []
         for share in self.shares:
             pipe, theirs = context.Pipe()
             args = (theirs, task, share.stop - share.start, os.getpid())
-            context.Process(target=serve, args=args, daemon=True).start()
+            self.processes.append(context.Process(target=serve, args=args, daemon=True))
+            self.processes[-1].start()
             theirs.close()
             self.pipes.append(pipe)
+
+    def __del__(self):  # closing the pipes would not do: workers that were forked later hold copies
+        for process in self.processes:
+            process.terminate()
 
     def call(self, method, values):
         try:

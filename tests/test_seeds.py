@@ -174,6 +174,21 @@ def test_dead_worker():
         workers.step(np.zeros((4, 3)))
 
 
+def test_workers_end_with_their_environments():
+    """Also where others were forked after them, which live on."""
+    before, task = set(children(os.getpid())), find_task("hopper-medium")
+    first = envs.Workers(task, 4, 2)
+    gone = set(children(os.getpid())) - before
+    second = envs.Workers(task, 4, 2)
+    assert len(gone) == 2
+    del first
+    deadline = time.time() + 10
+    while gone & set(children(os.getpid())):
+        assert time.time() < deadline
+        time.sleep(0.01)
+    assert second.reset(np.arange(4)).shape == (4, 11)
+
+
 def children(parent):
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
