@@ -94,7 +94,7 @@ def measure(script, seeds, device):
         if script == "mopo":  # whose model, and a first rollout, come before the first update, and are not counted
             words += ["--env", "halfcheetah-medium-replay", "--model-updates", 1, "--rollout-every", steps]
             record, _ = train(script, runs, *words, "--steps", 1)
-            before, words = record["seconds"] - record["eval_seconds"], [*words, "--resume"]
+            before = record["seconds"] - record["eval_seconds"]
         record, _ = train(script, runs, *words)
     seconds, each = record["seconds"] - record["eval_seconds"] - before, record["eval_seconds"] / 2
     return {

@@ -191,6 +191,20 @@ def test_bench_row(monkeypatch):
     assert asked[0][asked[0].index("--seeds") + 1] == 4
 
 
+def test_bench_of_mopo(monkeypatch):
+    """A run of one update, with the model and the first rollout, is subtracted. The other is no resume of it, which
+    mopo.py refuses where --steps differ."""
+    asked, records = [], [{"seconds": 8.0, "eval_seconds": 1.0}, {"seconds": 29.0, "eval_seconds": 2.0}]
+
+    def train(script, runs, *words):
+        asked.append(words)
+        return records[len(asked) - 1] | {"memory_mb": 100}, None
+
+    monkeypatch.setattr(bench, "train", train)
+    assert bench.measure("mopo", 1, "cpu")["updates_per_s"] == 50.0
+    assert asked[0] == (*asked[1], "--steps", 1) and "--resume" not in asked[1]
+
+
 def test_bench_covers_every_script():
     assert set(bench.UPDATES) == set(bench.CUDA_FACTOR) == {path.stem for path in (ROOT / "algorithms").glob("*.py")}
     with pytest.raises(UserError, match="bc.py failed, and nothing was recorded: error: Unknown --env"):
