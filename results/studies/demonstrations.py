@@ -3,8 +3,8 @@
 Both get the same trajectories of the expert, of each every 20th pair; GAIL takes 1,000,000 steps of the environment
 and BC 10,000 updates; one seed, 20 episodes with the mean action. Returns are shares of the demonstrations' mean
 return: 1 is the expert, 0 the random policy. Crosses: the paper's, as shares of its own expert (its logs,
-results/studies/gail_paper_returns.csv), whose BC stops by the error on pairs held out and whose GAIL has
-25,000,000 steps. HalfCheetah's demonstrations are the medium ones, whose returns are the paper's expert's.
+results/studies/gail_paper_returns.csv). HalfCheetah's demonstrations are the medium ones, whose returns are about
+those of the paper's expert.
 
 Usage: make studies, or python results/studies/demonstrations.py
 """
