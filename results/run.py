@@ -88,9 +88,9 @@ class Run:
         self._losses = {}
         self._finite = torch.ones(len(self.seeds), dtype=torch.bool, device=self.device)
         self._good_steps = torch.zeros(len(self.seeds), dtype=torch.long, device=self.device)
+        handler = signal.signal(signal.SIGINT, self._interrupt)  # first: who sees the curves may count on a checkpoint
         with _writing(self.folder):
             self._board = SummaryWriter(self.folder, purge_step=start + 1)
-        handler = signal.signal(signal.SIGINT, self._interrupt)
         title = f"{self.algorithm} {data.task.name}"
         self._bar = tqdm(total=self.args.steps, initial=start, desc=title, unit="step", mininterval=0.5)
         self._clock = time.perf_counter()
