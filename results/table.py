@@ -25,7 +25,15 @@ from scipy.stats import spearmanr, trim_mean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from results.studies import cql_alpha, demonstrations, extrapolation, model_error, return_conditioning, stitching
+from results.studies import (
+    cql_alpha,
+    demonstrations,
+    extrapolation,
+    model_error,
+    peer_iql,
+    return_conditioning,
+    stitching,
+)
 
 RESULTS = ROOT / "results"
 NAMES = {
@@ -318,7 +326,7 @@ def draw_curves(cells, published):
 def study_sections():
     """What the studies measured: each one's question, picture and findings. One not yet measured is left out."""
     sections = []
-    for study in (extrapolation, cql_alpha, stitching, return_conditioning, model_error, demonstrations):
+    for study in (extrapolation, cql_alpha, stitching, return_conditioning, model_error, demonstrations, peer_iql):
         if not (RESULTS / "studies" / f"{study.STUDY}.json").exists():
             continue
         study.draw()

@@ -11,6 +11,7 @@ from results.studies import (
     demonstrations,
     extrapolation,
     model_error,
+    peer_iql,
     return_conditioning,
     stitching,
 )
@@ -136,6 +137,16 @@ def test_findings_of_return_conditioning(expected, folder):
     assert verdicts == (["So it "] * 2 if expected else ["Not so"] * 2)
     return_conditioning.draw()
     assert (folder / "return_conditioning.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_findings_of_peer_iql(expected, folder):
+    scores = [30, 70, 50, 40, 30, 20 if expected else 60]
+    common.keep(peer_iql.STUDY, steps=[5000 * n for n in range(1, 7)], scores=scores, data=75.0)
+    (sentence,) = peer_iql.findings()
+    assert f"{'So it is' if expected else 'Not so'}: 70.0 after 10,000 updates" in sentence
+    peer_iql.draw()
+    assert (folder / "peer_iql.png").stat().st_size > 10_000
 
 
 def test_quality_of_a_model():

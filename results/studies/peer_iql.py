@@ -1,0 +1,83 @@
+"""IQL's score on walker2d-medium-expert sinks while it trains: is it this IQL, or the data?
+
+d3rlpy's IQL on the same transitions, one seed, with the settings of its own reproduction on D4RL: ten episodes every
+5,000 updates up to 30,000, by when iql.py has sunk. If another implementation sinks likewise, it is the data: 1,000,000
+transitions of an expert and 1,000,000 of a medium policy, but of other policies than D4RL's, where IQL reaches 111.7.
+
+Usage: make studies, or python results/studies/peer_iql.py (which needs .venv-peers: make .venv-peers/installed)
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from datasets import UserError, find_task, load
+from datasets.sources import collected_file
+from results.run import ROOT
+from results.studies.common import keep, kept, once, runs_of, save_figure
+
+STUDY, TASK, STEPS, EVERY, EPISODES = "peer_iql", "walker2d-medium-expert", 30_000, 5_000, 10
+PEER = ROOT / ".venv-peers" / "bin" / "python"
+
+
+def measure():
+    def stage():
+        if not PEER.exists():
+            raise UserError("This study needs d3rlpy: make .venv-peers/installed.")
+        data, folder = load(TASK, "collected", "cpu"), runs_of(STUDY, "policies")
+        folder.mkdir(parents=True, exist_ok=True)
+        script = Path(__file__).with_name("d3rlpy_iql.py")
+        words = map(str, (collected_file(find_task(TASK)), folder, 0, STEPS, EVERY))
+        if subprocess.run([PEER, script, *words]).returncode:
+            raise UserError("d3rlpy's IQL stopped; what it printed says why.")
+        scores = {}
+        for step in range(EVERY, STEPS + 1, EVERY):
+            policy = torch.jit.load(folder / f"{step}.pt")
+            scores[step] = data.score(data.evaluate(policy, EPISODES, seed=0)).mean()
+        return {"steps": list(scores), "scores": list(scores.values()), "data": data.score(data.returns()).mean()}
+
+    keep(STUDY, **once(STUDY, "d3rlpy", stage))
+
+
+def ours():
+    """The steps (T,) and scores (seeds, T) of iql.py's records."""
+    records = sorted((ROOT / "results" / "runs" / "iql" / "collected" / TASK).glob("seed=?,steps=100000.json"))
+    curves = [json.loads(path.read_text())["curve"] for path in records]
+    return [point["step"] for point in curves[0]], np.array([[point["score"] for point in curve] for curve in curves])
+
+
+def findings():
+    row, (steps, scores) = kept(STUDY), ours()
+    best, last = int(np.argmax(row["scores"])), row["scores"][-1]
+    end, mean = steps.index(STEPS), scores.mean(0)
+    return [
+        f"Expected, if it is the data: d3rlpy's sinks below half of its best too. "
+        f"{'So it is' if last < row['scores'][best] / 2 else 'Not so'}: {row['scores'][best]:.1f} after "
+        f"{row['steps'][best]:,} updates, {last:.1f} after {STEPS:,}; iql.py, mean of {len(scores)} seeds: "
+        f"{mean[: end + 1].max():.1f} after {steps[int(mean[: end + 1].argmax())]:,}, {mean[end]:.1f} after {STEPS:,}. "
+        f"The data: {row['data']:.1f}."
+    ]
+
+
+def draw():
+    import matplotlib.pyplot as plt
+
+    row, (steps, scores) = kept(STUDY), ours()
+    figure, axis = plt.subplots(figsize=(5.5, 3.6))
+    for seed, curve in enumerate(scores):
+        axis.plot(steps, curve, color="tab:orange", linewidth=0.8, label=None if seed else "iql.py, its seeds")
+    axis.plot(row["steps"], row["scores"], color="black", marker=".", label="d3rlpy's IQL")
+    axis.axhline(row["data"], color="gray", linestyle=":", label="the data's mean")
+    axis.set(title=TASK, xlabel="updates", ylabel="normalized score", ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    save_figure(figure, STUDY)
+
+
+if __name__ == "__main__":
+    measure()
