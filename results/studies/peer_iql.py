@@ -1,8 +1,8 @@
-"""IQL's score on walker2d-medium-expert sinks while it trains: is it this IQL, or the data?
+"""IQL's score on walker2d-medium-expert sinks while it trains: is it this code, or IQL on these data?
 
 d3rlpy's IQL on the same transitions, one seed, with the settings of its own reproduction on D4RL: ten episodes every
-5,000 updates up to 30,000, by when iql.py has sunk. If another implementation sinks likewise, it is the data: 1,000,000
-transitions of an expert and 1,000,000 of a medium policy, but of other policies than D4RL's, where IQL reaches 111.7.
+5,000 updates up to 30,000, by when iql.py has sunk. The data are an expert's and a medium policy's, 1,000,000
+transitions each, as D4RL's are, but of other policies; on D4RL's IQL reaches 111.7.
 
 Usage: make studies, or python results/studies/peer_iql.py (which needs .venv-peers: make .venv-peers/installed)
 """
@@ -56,7 +56,7 @@ def findings():
     best, last = int(np.argmax(row["scores"])), row["scores"][-1]
     end, mean = steps.index(STEPS), scores.mean(0)
     return [
-        f"Expected, if it is the data: d3rlpy's sinks below half of its best too. "
+        f"Expected, if it is not this code: d3rlpy's sinks below half of its best too. "
         f"{'So it is' if last < row['scores'][best] / 2 else 'Not so'}: {row['scores'][best]:.1f} after "
         f"{row['steps'][best]:,} updates, {last:.1f} after {STEPS:,}; iql.py, mean of {len(scores)} seeds: "
         f"{mean[: end + 1].max():.1f} after {steps[int(mean[: end + 1].argmax())]:,}, {mean[end]:.1f} after {STEPS:,}. "
