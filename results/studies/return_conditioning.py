@@ -1,6 +1,6 @@
 """Does a Decision Transformer do what it is asked? The return that it achieves against the one it is asked for.
 
-One seed on each task; 30,000 updates on hopper-medium, which heeds the request only after 15,000 to 20,000, and 10,000
+One seed on each task; 30,000 updates on hopper-medium, whose score rises only between 15,000 and 20,000, and 10,000
 on the others, of the published 100,000 to fit a CPU: so the learning rate is three times the published one, after 500
 updates. Ten episodes for each of seven requests, from 0 to 1.5 times the best return in the data, all in one batch.
 Marked: where the data's returns lie. The runs are recorded in results/runs/ too.
