@@ -1,0 +1,37 @@
+"""What the general tests, the tables, the bench and the grid need to know of each script: one row a script.
+
+A script's name in tables is not here: it is what stands before the first colon of its docstring.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Script:
+    family: str  # one of FAMILIES
+    lines: int  # at most, its docstring included
+    updates: int  # of one agent, about ten seconds on two cores: what the bench trains
+    acts: bool = False  # while it learns: then its --steps are the environment's, and a seed is a process
+    quick: dict = field(default_factory=dict)  # arguments that spare tests time, and use more of the code
+
+
+# In the order in which they are read, here and in every table; so are the scripts of a family.
+FAMILIES = ("imitation", "why offline fails", "policy constraint", "pessimism", "in-sample", "model-based", "sequence")
+FAMILIES += ("generative", "offline-to-online", "evaluation", "preferences")
+SCRIPTS = {
+    "bc": Script("imitation", 150, 6000),
+    "gail": Script("imitation", 200, 16_000, acts=True),
+    "sac": Script("why offline fails", 220, 1500, acts=True),
+    "offline_sac": Script("why offline fails", 195, 1000),
+    "awac": Script("policy constraint", 200, 1000),
+    "td3_bc": Script("policy constraint", 190, 2000),
+    "rebrac": Script("policy constraint", 225, 200),  # 25 lines of it are TUNED
+    "cql": Script("pessimism", 260, 200, quick={"n_actions": 2, "critic_layers": 1, "threshold": 5.0, "bc_steps": 5}),
+    "sac_n": Script("pessimism", 210, 200, quick={"n_critics": 4}),
+    "edac": Script("pessimism", 220, 100, quick={"n_critics": 4}),
+    "iql": Script("in-sample", 200, 1500),
+    "mopo": Script(
+        "model-based", 374, 1000, quick={"rollouts": 40, "rollout_every": 5, "keep": 2, "model_updates": 20}
+    ),
+    "dt": Script("sequence", 280, 100, quick={"context": 5}),
+}
