@@ -7,7 +7,7 @@ READY := .venv/installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-ray lint datasets results reproduce studies bench bench-peers policies tensorboard clean
+.PHONY: help install quickstart test test-ray lint datasets results reproduce studies bench gpu bench-peers policies tensorboard clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -60,6 +60,10 @@ studies: $(READY) .venv-peers/installed  ## train and measure what results/studi
 
 bench: $(READY)  ## updates per second of every script on this machine, into results/bench.json (minutes)
 	$(PYTHON) results/bench.py
+
+gpu: $(READY)  ## on a GPU: its tests, bench, and cells of the grid in MINUTES (8), archived in OUT (runs/gpu)
+	$(PYTHON) results/gpu.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(OUT),--out $(OUT)) \
+	  $(if $(PARTS),--parts $(PARTS)) $(if $(STEPS),--steps $(STEPS)) $(if $(DEVICE),--device $(DEVICE))
 
 bench-peers: $(READY) .venv-peers/installed .venv-imitation/installed  ## the same in d3rlpy, torchrl, imitation, in turns
 	$(PYTHON) results/peers.py --peers .venv-peers/bin/python td3_bc

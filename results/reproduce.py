@@ -55,6 +55,7 @@ class Job:
     steps: int
     source: str
     fingerprint: str  # of the data
+    words: tuple[str, ...] = ()  # more arguments
 
     @property
     def name(self):
@@ -68,7 +69,7 @@ class Job:
 
     @property
     def changed(self):
-        words = ALGOS[self.algo][1:]
+        words = [*self.words, *ALGOS[self.algo][1:]]  # in the order of the script's Args
         return "".join(f",{key[2:].replace('-', '_')}={value}" for key, value in zip(words[::2], words[1::2]))
 
     @property
@@ -89,7 +90,7 @@ class Job:
     def command(self, root, device):
         script, *words = ALGOS[self.algo]
         words += ["--env", self.env, "--source", self.source, "--steps", self.steps, "--device", device]
-        words += ["--seed", self.seed, "--seeds", self.seeds]
+        words += ["--seed", self.seed, "--seeds", self.seeds, *self.words]
         words += ["--resume"] * (self.folder / "checkpoint.pt").exists()
         return [sys.executable, str(Path(root, "algorithms", f"{script}.py")), *map(str, words)]
 
