@@ -53,7 +53,7 @@ class Args:
     eta: float | None = None  # weight of the diversification
 
 
-# actor_lr on Adroit, where they make 200,000 updates, is the authors' (github.com/snu-mllab/EDAC), there for pen.
+# actor_lr on Adroit, where they make 200,000 updates, is the authors' (github.com/snu-mllab/EDAC) for pen.
 TUNED = {  # "" for all tasks, then by family, then by task: configs/offline/edac of github.com/corl-team/CORL
     "": dict(n_critics=10, eta=1.0, actor_lr=3e-4),
     "hopper": dict(n_critics=50),

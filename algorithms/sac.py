@@ -7,7 +7,7 @@
 
 Online: it acts while it learns. Its snapshots are the behaviour policies of the datasets collected here. As in the
 authors' first code and rlkit, log_alpha stands for the alpha of Eq. 18, which the later code has. As in the later code,
-whose actor sees the mean of the Q_i, the critics step before the actor's loss is taken; in the first, after it.
+whose actor sees the mean of the Q_i, the critics step before the actor's loss is taken; in the first, all step at once.
 Usage: python algorithms/sac.py --env halfcheetah --steps 1000000
 """
 

@@ -52,7 +52,7 @@ class Args:
     actor_lr: float | None = None  # of the policy and alpha
 
 
-# actor_lr on Adroit, where they make 200,000 updates, is the authors' (github.com/snu-mllab/EDAC), there for EDAC on pen.
+# actor_lr on Adroit, where they make 200,000 updates, is the authors' (github.com/snu-mllab/EDAC) for EDAC on pen.
 TUNED = {  # "" for all tasks, then by family, then by task: configs/offline/sac_n of github.com/corl-team/CORL
     "": dict(n_critics=10, actor_lr=3e-4),
     "hopper": dict(n_critics=200),
