@@ -5,9 +5,9 @@
     actor    L_pi   = E [alpha log pi(a | obs) - min_i Q_i(obs, a)],  a = tanh(mean + std * noise)            (Eq. 9)
     alpha    L_a    = -E log_alpha (log pi(a | obs) + target_entropy),  target_entropy = -A                   (Eq. 18)
 
-Online: it acts while it learns. Its snapshots are the behaviour policies of the datasets collected here.
-Differs from the paper as the authors' code does: log_alpha stands for alpha in Eq. 18. Differs from the authors' code:
-the critics step before the actor's loss is taken, not together with it.
+Online: it acts while it learns. Its snapshots are the behaviour policies of the datasets collected here. As in the
+authors' first code and rlkit, log_alpha stands for the alpha of Eq. 18, which the later code has. As in the later code,
+whose actor sees the mean of the Q_i, the critics step before the actor's loss is taken; in the first, all step at once.
 Usage: python algorithms/sac.py --env halfcheetah --steps 1000000
 """
 

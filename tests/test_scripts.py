@@ -286,7 +286,7 @@ def test_tuned_by_task(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(edac.TUNED, "hopper-medium", dict(eta=2.0))
     args = arguments(edac, small, steps=10, batch_size=8, n_critics=3)
     edac.train(args)
-    assert "hopper-medium: n_critics 3, eta 2.0\n" in capsys.readouterr().out
+    assert "hopper-medium: n_critics 3, eta 2.0, actor_lr 0.0003\n" in capsys.readouterr().out
     folder = checkpoint_of(tmp_path).parent
     assert folder.name == "seed=0,batch_size=8,eval_every=10,eval_episodes=1,n_critics=3"
     tuned = json.loads((folder / "record-seed=0.json").read_text())["args"]
