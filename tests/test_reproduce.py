@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from conftest import ROOT
 from datasets import collect, find_task, sources
 from results import reproduce
 from results.reproduce import Args, Job, find_jobs
+from tests.scripts import SCRIPTS
 
 GRID = ["--algos", "bc", "--envs", "stitch-gap", "--seeds", "0", "1", "--steps", "3000"]
 TIMES = ("seconds", "eval_seconds", "memory_mb")
@@ -25,6 +27,8 @@ def project(tmp_path):
     root = tmp_path / "project"
     root.mkdir()
     subprocess.run(["cp", "-r", "algorithms", "datasets", "results", root], cwd=ROOT, check=True)
+    (root / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "scripts.py", root / "tests")
     subprocess.run(["rm", "-r", root / "results" / "runs"], check=True)
     (root / "results" / "runs").mkdir()
     return root
@@ -88,6 +92,13 @@ def test_one_that_fails_does_not_stop_the_others(project):
     assert process.returncode == 1
     assert err.strip().splitlines()[-1] == ("error: 1 of 2 runs failed: td3_bc stitch-gap seed 0: error: no such luck")
     assert list(records(project)) == ["results/runs/bc/collected/stitch-gap/seed=0,steps=20.json"]
+
+
+def test_find_jobs_of_every_script():
+    """Whatever learns from data alone can be asked for, without a list of its own."""
+    assert {words[0] for words in reproduce.ALGOS.values()} == {name for name in SCRIPTS if not SCRIPTS[name].acts}
+    assert "mopo" in reproduce.ALGOS and "sac" not in reproduce.ALGOS
+    assert reproduce.ALGOS["10bc"] == ["bc", "--top-fraction", "0.1"]
 
 
 def test_find_jobs(tmp_path, monkeypatch):
