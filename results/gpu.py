@@ -67,11 +67,9 @@ def archive(out):
     (out / "new.tar.gz").replace(out / "gpu.tar.gz")
 
 
-def collect(out, device):
+def collect(args, out):
     """A process that collects beside the rest what bench and cells need, in the order in which they need it."""
-    names = ["halfcheetah-medium", "halfcheetah-medium-replay", "hopper-expert", *ENVS][
-        : None if device != "cpu" else 3
-    ]
+    names = [*BENCHED, *(ENVS if "cells" in args.parts and args.device != "cpu" else [])]
     code = "import sys; from datasets import load; [load(env, 'collected') for env in sys.argv[1:]]"
     log = (out / "collect.log").open("w")
     return subprocess.Popen([sys.executable, "-c", code, *names], cwd=ROOT, stdout=log, stderr=log)
