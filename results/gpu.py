@@ -82,7 +82,8 @@ def at_hand(env):
 def test(args, out, deadline):
     words = ["-k", "cuda or graph_changes", "--tb=short", "-p", "no:cacheprovider"]
     words += ["--continue-on-collection-errors"]  # a package that CUDA does not need may be missing
-    words += ["-n", "8"] if find_spec("xdist") else []  # they wait for the CPU, not for the GPU
+    if find_spec("xdist") and (workers := min(8, os.cpu_count() // 2)) > 1:
+        words += ["-n", str(workers)]  # they wait for the CPU, not for the GPU
     with (out / "tests.txt").open("w") as file:
         process = subprocess.Popen([sys.executable, "-m", "pytest", *words], cwd=ROOT, stdout=file, stderr=file)
         try:
