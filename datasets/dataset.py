@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from datasets.catalog import UserError
-from datasets.envs import make_envs
+from datasets.vector_env import make_envs
 
 
 @contextlib.contextmanager
@@ -196,6 +196,15 @@ class Dataset:
                 f"The environment of {self.task.name} returned an observation or a reward that is not finite: its "
                 "simulation has failed, or it is broken. --resume goes on from the last checkpoint."
             )
+
+    def describe(self):
+        """One line: source, size, mean return."""
+        returns = self.returns()
+        score = "" if self.task.ref_min is None else f" (normalized {self.score(returns.mean()):.1f})"
+        return (
+            f"{self.task.name}, source {self.source} (fingerprint {self.fingerprint}): {len(self):,} transitions, "
+            f"{len(returns):,} episodes, mean return {returns.mean():.4g} ± {returns.std():.4g}{score}"
+        )
 
     def score(self, returns):
         """Normalized score: 0 is a random policy, 100 an expert."""

@@ -25,7 +25,9 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from datasets import UserError, write_whole
-from results.run import choose_device, code_version, load_checkpoint
+from datasets.processes import cores
+from results.checkpoint import load_checkpoint
+from results.run import choose_device, code_version
 
 FILE = ROOT / "results" / "bench.json"
 # Updates of one agent on a CPU, about ten seconds; S agents take a share of them. CUDA runs CUDA_FACTOR as many.
@@ -49,8 +51,7 @@ def machine(device):
     """What an entry says about where and with what it was measured; device: cpu or cuda."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = f"{(names or [platform.machine()])[0]}, {cores} cores"
+    cpu = f"{(names or [platform.machine()])[0]}, {cores()} cores"
     return {
         "date": datetime.date.today().isoformat(),
         "commit": code_version(),

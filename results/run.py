@@ -26,6 +26,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from datasets import UserError, write_whole
+from datasets.processes import end_with
+from results.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 # Arguments that do not tell one run from another: a resume may change them, and they are not in the folder's name.
@@ -50,6 +52,8 @@ class Run:
 
     def __init__(self, script, args, schedule=False):
         """schedule: whether something follows a schedule over --steps, which a resume may then not change."""
+        if parent := os.environ.pop("END_WITH", ""):  # the process id of a runner, which waits for this run
+            end_with(int(parent))
         self.args, self.algorithm = args, Path(script).stem
         self.free, self.defaults = FREE - {"steps"} if schedule else FREE, {}
         for field in dataclasses.fields(args):
@@ -105,7 +109,7 @@ class Run:
             self._save()
             self._finish()
             if self.args.video:
-                from results.video import record  # here, because that module imports this one
+                from results.video import record  # here, because few want it and it needs packages for drawing
 
                 record(self.checkpoint, self.folder / "video.gif")
         finally:
@@ -377,16 +381,6 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) // 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def load_checkpoint(path, device="cpu"):
-    """The dictionary that `Run` saved: algorithm, args, state, obs_mean, obs_std, … Nothing is unpickled."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"There is no checkpoint {path}.") from None
-    except Exception as error:  # torch.load has no one exception for a damaged file
-        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
 
 
 @contextlib.contextmanager

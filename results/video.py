@@ -22,7 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import UserError
-from results.evaluate import load_agent
+from results.checkpoint import load_agent
 
 FPS = 20
 

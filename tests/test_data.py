@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import ROOT, fails, start
 
-from datasets import BODIES, Dataset, UserError, collect, find_task, load, show, sources
+from datasets import BODIES, Dataset, UserError, collect, find_task, load, show
 from datasets.collect import assemble, fingerprint, load_policy, plan, rollout, spread
-from datasets.sources import read_hdf5, write_hdf5
+from datasets.store import read_hdf5, write_hdf5
 
 HOPPER = find_task("hopper-medium")
 O, A = 11, 3  # Hopper's
@@ -101,7 +101,7 @@ def test_the_same_bytes_twice(tmp_path, monkeypatch):
     task = find_task("halfcheetah-medium")
     assert len(plan(task, 41_000)) == 3
     for workers in (1, 3):
-        monkeypatch.setattr(os, "cpu_count", lambda count=workers: count)
+        monkeypatch.setattr(collect, "cores", lambda count=workers: count)
         collect.collect(task, tmp_path / f"{workers}.hdf5", 41_000)
     assert (tmp_path / "1.hdf5").read_bytes() == (tmp_path / "3.hdf5").read_bytes()
 
@@ -220,7 +220,7 @@ def test_cache(monkeypatch, capsys):
     monkeypatch.setattr(collect, "plan", lambda task, n=0: plan(task, n or 3000))
     task = find_task("halfcheetah-medium")
     first = load("halfcheetah-medium-v2", "collected")
-    path = sources.collected_file(task)
+    path = collect.collected_file(task)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     again = load("halfcheetah-medium")
@@ -335,7 +335,7 @@ def test_two_build_the_same_cache(monkeypatch):
     for process in [start("-c", code) for _ in range(2)]:
         _, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
-    path = sources.collected_file(find_task("stitch-gap"))
+    path = collect.collected_file(find_task("stitch-gap"))
     assert list(path.parent.iterdir()) == [path] and len(load("stitch-gap")) == 3000
 
 

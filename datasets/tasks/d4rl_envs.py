@@ -14,7 +14,7 @@ from gymnasium.envs.mujoco.ant_v4 import AntEnv
 from gymnasium.utils import RecordConstructorArgs
 from gymnasium_robotics.envs.maze.point import PointEnv
 
-from datasets.mazes import MAPS
+from datasets.tasks.mazes import MAPS
 
 WALLS = {name.removeprefix("pointmaze-"): rows for name, rows in MAPS.items()} | {
     "open": ("#######", *["#rrrrr#"] * 3, "#######")
