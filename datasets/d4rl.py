@@ -4,7 +4,6 @@ Neither the d4rl package nor gym is needed. D4RL: Fu et al. 2020, arXiv:2004.072
 """
 
 import dataclasses
-import fcntl
 import http.client
 import os
 import urllib.error
@@ -15,6 +14,7 @@ import h5py
 from tqdm import tqdm
 
 from datasets.catalog import UserError
+from datasets.processes import locked
 from datasets.store import KEYS, READER, cache_dir, cached, make_dataset, transitions, write_hdf5
 
 URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"  # another mirror: D4RL_URL
@@ -78,16 +78,14 @@ def download(task, seconds=30):
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # another process may be downloading it: wait for that one
+        with locked(path.with_name(path.name + ".lock")):  # another process may be downloading it: wait for that one
             if not path.exists():
-                _fetch(url, file, task.name, seconds)
+                with part.open("ab") as file:
+                    _fetch(url, file, task.name, seconds)
                 if wrong := _flaw(part):
                     part.unlink(missing_ok=True)
                     raise UserError(f"What {url} sent is no D4RL file ({wrong}); it was removed.")
                 part.replace(path)
-            else:
-                part.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"Cannot write {path} ({error.strerror}): make room, or set D4RL_DATASET_DIR.") from None
     return path
@@ -132,7 +130,7 @@ def _fetch(url, file, name, seconds):
 def _flaw(path):
     """What is wrong with a file that should be D4RL's, in a few words, or None."""
     try:
-        with h5py.File(path, locking=False) as file:  # it is locked by `download`
+        with h5py.File(path) as file:
             missing = [key for key in KEYS if key not in file]
             return f"it lacks {', '.join(missing)}" if missing else None
     except OSError as error:

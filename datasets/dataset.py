@@ -74,7 +74,7 @@ class Dataset:
         self.size = min(self.added, len(self.rows))
 
     def state_dict(self):
-        return {"rows": self.rows[: self.size], "added": self.added}
+        return {"rows": self.rows[: self.size].clone(), "added": self.added}  # torch saves all that a view is of
 
     def load_state_dict(self, state):
         self.added, self.size = state["added"], len(state["rows"])

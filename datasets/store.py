@@ -18,6 +18,7 @@ import torch
 
 from datasets.catalog import Task, UserError
 from datasets.dataset import Dataset
+from datasets.processes import alive
 
 READER = 1  # to be raised when another Dataset is made of the same D4RL or Minari files
 KEYS = ("observations", "actions", "rewards", "terminals")  # of every file in D4RL's layout
@@ -172,7 +173,7 @@ def write_whole(path, content):
     """Writes the bytes `content` to a temporary file and moves it to `path`; on a failure what was at `path` stays."""
     for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
         with contextlib.suppress(OSError, ValueError):
-            if not _alive(int(left.suffix[1:])):
+            if not alive(int(left.suffix[1:])):
                 left.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -183,13 +184,3 @@ def write_whole(path, content):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def _alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -1,3 +1,4 @@
+import io
 import json
 import multiprocessing
 import os
@@ -179,6 +180,13 @@ def test_buffer_replaces_the_oldest():
     other = Dataset.buffer(HOPPER, 3)
     other.load_state_dict(data.state_dict())
     assert torch.equal(other.rows, data.rows) and (other.added, other.size) == (5, 3)
+
+
+def test_buffer_is_saved_without_its_empty_rows():
+    data, file = Dataset.buffer(HOPPER, 100_000), io.BytesIO()
+    data.add(np.zeros(O), np.zeros(A), 0, np.zeros(O), False)
+    torch.save(data.state_dict(), file)
+    assert file.tell() < 10_000
 
 
 def test_evaluate_is_the_plain_loop():

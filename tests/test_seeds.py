@@ -117,6 +117,8 @@ def test_one_record_for_each_seed(small, tmp_path, monkeypatch):
     assert five["args"] == six["args"] == seven["args"]
     assert [point["step"] for point in six["curve"]] == [10, 20] and five["returns"] != six["returns"]
     assert six["score"] == six["curve"][-1]["score"] and six["returns"] == six["curve"][-1]["returns"]
+    losses = [[point["losses"]["actor_loss"] for point in record["curve"]] for record in (five, six, seven)]
+    assert losses[0] != losses[1] and all(last < first for first, last in losses)  # each seed's own
 
 
 def test_not_finite_names_the_agent(small, monkeypatch):
