@@ -47,7 +47,7 @@ def statistics(data):
 
 def dataset_table(rows):
     """One line a dataset, from the rows of statistics.json, beside what D4RL's dataset of that name holds."""
-    with (FOLDER / "d4rl.csv").open() as file:
+    with Path(__file__).with_name("d4rl.csv").open() as file:
         theirs = {row["file"]: row for row in csv.DictReader(file)}
     lines = [
         "| task | source | transitions | episodes | return | range | score | D4RL's return | ratio |",
