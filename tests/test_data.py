@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import multiprocessing
@@ -15,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, fails, start
 
-from datasets import BODIES, Dataset, UserError, collect, find_task, load, show
+from datasets import BODIES, Dataset, Task, UserError, collect, find_task, load, show
 from datasets.collect import assemble, fingerprint, load_policy, plan, rollout, spread
 from datasets.store import read_hdf5, write_hdf5
 
@@ -133,6 +134,23 @@ def toy():
     rows[:, O + A] = torch.tensor([1.0, 1, 1, 10, 2, 2])
     rows[:, -1] = torch.tensor([0.0, 0, 1, 0, 0, 1])
     return Dataset(HOPPER, "toy", "", rows, [3, 4, 6], O, A)
+
+
+def test_fingerprints_are_those_of_the_published_data():
+    """Records and statistics.json carry them: whoever moves a module or renames a task must leave them as they are."""
+    rows = json.loads((ROOT / "datasets" / "statistics.json").read_text())
+    rows = [row for row in rows if row["source"] == "collected"]
+    assert {row["task"]: fingerprint(find_task(row["task"]), plan(find_task(row["task"]))) for row in rows} == {
+        row["task"]: row["fingerprint"] for row in rows
+    }
+
+
+@pytest.mark.parametrize("module, name", [("mazes", "stitch-gap"), ("d4rl_envs", "antmaze-umaze")])
+def test_older_files_name_modules_elsewhere(module, name):
+    task = find_task(name)
+    saved = dataclasses.asdict(task) | {"env_id": task.env_id.replace("datasets.tasks.", "datasets.")}
+    assert saved["env_id"].startswith(f"datasets.{module}:") and Task(**saved) == task
+    task.make_env()
 
 
 def test_columns_and_returns():
