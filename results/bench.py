@@ -33,6 +33,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from datasets import UserError, write_whole
+from datasets.processes import cores
 from results.run import Run, choose_device, code_version, peak_memory
 from tests.scripts import SCRIPTS
 
@@ -55,8 +56,7 @@ def machine(device):
     """What an entry says about where and with what it was measured; device: cpu or cuda."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = f"{(names or [platform.machine()])[0]}, {cores} cores"
+    cpu = f"{(names or [platform.machine()])[0]}, {cores()} cores"
     return {
         "date": datetime.date.today().isoformat(),
         "commit": code_version(),

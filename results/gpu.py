@@ -28,8 +28,8 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from datasets import UserError, find_task, write_whole
-from datasets.collect import fingerprint, plan
-from datasets.sources import collected_file
+from datasets.collect import collected_file, fingerprint, plan
+from datasets.processes import cores
 from results import bench, reproduce
 from tests.scripts import SCRIPTS
 
@@ -82,7 +82,7 @@ def at_hand(env):
 def test(args, out, deadline):
     words = ["-k", "cuda or graph_changes", "--tb=short", "-p", "no:cacheprovider"]
     words += ["--continue-on-collection-errors"]  # a package that CUDA does not need may be missing
-    if find_spec("xdist") and (workers := min(8, os.cpu_count() // 2)) > 1:
+    if find_spec("xdist") and (workers := min(8, cores() // 2)) > 1:
         words += ["-n", str(workers)]  # they wait for the CPU, not for the GPU
     with (out / "tests.txt").open("w") as file:
         process = subprocess.Popen([sys.executable, "-m", "pytest", *words], cwd=ROOT, stdout=file, stderr=file)

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from datasets import collect, find_task, sources
+from datasets import collect, find_task
 from results import reproduce
 from results.reproduce import Args, Job, find_jobs
 from tests.scripts import SCRIPTS
@@ -23,7 +23,7 @@ TIMES = ("seconds", "eval_seconds", "memory_mb")
 def project(tmp_path):
     """A copy of the project without records, and a small stitch-gap in the cache."""
     task = find_task("stitch-gap")
-    collect.collect(task, sources.collected_file(task), 3000)
+    collect.collect(task, collect.collected_file(task), 3000)
     root = tmp_path / "project"
     root.mkdir()
     subprocess.run(["cp", "-r", "algorithms", "datasets", "results", root], cwd=ROOT, check=True)

@@ -19,7 +19,8 @@ from datasets import TASKS, UserError, find_task
 from datasets.collect import collect
 from datasets.minari_io import export_minari
 from results import evaluate
-from results.run import Run, choose_device, load_checkpoint
+from results.checkpoint import load_checkpoint
+from results.run import Run, choose_device
 
 SCRIPTS = {  # those that learn from fixed data
     "bc": bc,
