@@ -7,6 +7,7 @@ import farama_notifications
 # gymnasium-robotics would print above every output that some of its rewards changed; tasks/d4rl_envs.py mends those.
 farama_notifications.notifications.pop("gymnasium_robotics", None)
 
+from datasets.action_log import ActionLog
 from datasets.catalog import BODIES, TASKS, Task, UserError, find_task
 from datasets.dataset import Batch, Dataset, SarsaBatch
 from datasets.loading import load
@@ -16,6 +17,7 @@ from datasets.vector_env import Envs
 __all__ = [
     "BODIES",
     "TASKS",
+    "ActionLog",
     "Batch",
     "Dataset",
     "Envs",

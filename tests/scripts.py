@@ -21,7 +21,7 @@ FAMILIES += ("generative", "offline-to-online", "evaluation", "preferences")
 SCRIPTS = {
     "bc": Script("imitation", 150, 6000),
     "gail": Script("imitation", 200, 16_000, acts=True),
-    "sac": Script("why offline fails", 220, 1500, acts=True),
+    "sac": Script("why offline fails", 200, 1500, acts=True),
     "offline_sac": Script("why offline fails", 195, 1000),
     "awac": Script("policy constraint", 200, 1000),
     "td3_bc": Script("policy constraint", 190, 2000),
