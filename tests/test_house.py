@@ -19,7 +19,7 @@ LAYERS = [
     {"datasets.catalog"},
     {"datasets.tasks.d4rl_envs"},
     {"datasets.tasks.mazes"},
-    {"datasets.processes"},
+    {"datasets.processes", "datasets.action_log"},
 ]
 
 
