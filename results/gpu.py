@@ -9,7 +9,8 @@ and records in the folders of results/runs/. The datasets are collected meanwhil
 OUT/runs, and the same command goes on with it. At home, `python results/gpu.py --take gpu.tar.gz` files all of it.
 
 Usage: python results/gpu.py --minutes 8 --out runs/gpu
-On a machine without network: results/offline_wheels.sh makes a folder of what it lacks beside PyTorch.
+A machine without network needs the packages of requirements.txt as wheels (pip download), and COMMIT in the environment
+where its copy has no history.
 """
 
 import json
@@ -40,7 +41,7 @@ SEEDS, AT_ONCE = 5, 3  # agents of a cell; cells, of which one trains while anot
 ALGOS = ("rebrac", "cql", "edac", "sac_n", "dt", "td3_bc", "iql")
 ENVS = [f"{body}-{data}" for data in ("medium", "medium-replay", "medium-expert") for body in reproduce.BODIES]
 
-BENCHED = ("halfcheetah-medium", "halfcheetah-medium-replay", "hopper-expert")  # what the scripts' defaults train on
+TRAINED_ON = {"mopo": "halfcheetah-medium-replay", "gail": "hopper-expert"}  # by the bench; the others: see `measure`
 
 
 @dataclass
@@ -69,7 +70,11 @@ def archive(out):
 
 def collect(args, out):
     """A process that collects beside the rest what bench and cells need, in the order in which they need it."""
-    names = [*BENCHED, *(ENVS if "cells" in args.parts and args.device != "cpu" else [])]
+    names = [
+        "halfcheetah-medium",
+        *TRAINED_ON.values(),
+        *(ENVS if "cells" in args.parts and args.device != "cpu" else []),
+    ]
     code = "import sys; from datasets import load; [load(env, 'collected') for env in sys.argv[1:]]"
     log = (out / "collect.log").open("w")
     return subprocess.Popen([sys.executable, "-c", code, *names], cwd=ROOT, stdout=log, stderr=log)
@@ -96,20 +101,21 @@ def test(args, out, deadline):
 
 
 def measure(args, out, deadline):
-    while not all(map(at_hand, BENCHED)):
-        if time.monotonic() > deadline:
-            return
-        time.sleep(0.5)
-    entries = []
+    """Every script, as soon as its data are there."""
+    waiting, entries = list(SCRIPTS), []
     print(bench.HEAD)
-    for script in SCRIPTS:
-        if (left := deadline - time.monotonic()) < 10:
-            print(f"{script:12} not measured: no time left")
+    while waiting and (left := deadline - time.monotonic()) > 5:
+        script = next((one for one in waiting if at_hand(TRAINED_ON.get(one, "halfcheetah-medium"))), None)
+        if script is None:
+            time.sleep(0.5)
             continue
+        waiting.remove(script)
         entry, _ = bench.entry_of(script, (), args.seconds, args.device, out / f"bench-{script}.log", min(left, 90.0))
         entries += [entry] if entry["rows"] else []
         write_whole(out / "bench.json", json.dumps(entries).encode())
         archive(out)
+    if waiting:
+        print(f"no time left for {', '.join(waiting)}", flush=True)
 
 
 def train(args, out, deadline):

@@ -28,10 +28,13 @@ def test_stand_in(small, monkeypatch, capsys):
     names = {"torch": torch}
     exec("class Run" + code, names)
     for script in (td3_bc, iql):
-        actors, original = [], script.Actor
-        monkeypatch.setattr(
-            script, "Actor", lambda *sizes, make=original, made=actors: made.append(make(*sizes)) or made[-1]
-        )
+        make, actors = script.Actor, []
+
+        def kept(*sizes, make=make, actors=actors):
+            actors.append(make(*sizes))
+            return actors[-1]
+
+        monkeypatch.setattr(script, "Actor", kept)
         args = arguments(script, small, steps=20, device="cpu")
         with monkeypatch.context() as patch:
             patch.setattr(script, "Run", names["Run"])
