@@ -113,7 +113,7 @@ def test_arguments_of_the_bench(script):
 @pytest.fixture
 def grid(small, tmp_path, monkeypatch):
     """Cells of bc alone, on the small dataset under the name of stitch-gap's folder."""
-    monkeypatch.setattr(gpu, "ALGOS", ("bc",))
+    monkeypatch.setattr(gpu, "ALGOS", {"bc": 1})
     monkeypatch.setattr(gpu, "ENVS", ["hopper-medium"])
     monkeypatch.setattr(gpu, "at_hand", lambda env: True)
     monkeypatch.setattr(gpu, "collect", lambda args, out: reproduce.subprocess.Popen(["sleep", "100"]))
