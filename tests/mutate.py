@@ -1,0 +1,240 @@
+"""Breaks one place of a script's `train` at a time, and lists what its tests let pass: make mutants ALGOS="td3_bc iql".
+
+A change is small and lawful Python: a statement left out, a sign or a comparison turned round, a number or an argument
+changed, a target network that is the network itself. With each, tests/test_<script>.py runs in its own process, and
+if it passes the general tests of that script. What survives is a hole in the tests, or an equivalent, which EQUIVALENT
+names with its reason.
+
+Usage: python tests/mutate.py td3_bc [--show]     --show lists the changes and runs nothing
+"""
+
+import ast
+import copy
+import os
+import re
+import sys
+import tempfile
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from datasets import find_task
+from datasets.collect import assemble, fingerprint, plan, rollout
+from datasets.processes import cores
+from datasets.store import write_hdf5
+from tests.scripts import SCRIPTS
+
+# {regular expression of "was -> became @ line": why no test on a CPU can see it}; of all scripts, then of one.
+EQUIVALENT = {
+    "": {
+        r"^(fused|capturable)=": "how fast the optimiser steps, not where to",
+        r"^False -> True @ .*requires_grad_\(": "in no optimiser; test_scripts sees that targets have no history",
+        r"^inputs=": "gradients of other networks are set to zero before their own step",
+        r"^(device=|run\.graphed)": "on CUDA alone: test_cuda, test_graph_changes_nothing",
+    },
+}
+LIMIT = 120  # seconds of one change
+
+
+class Breaker(ast.NodeTransformer):
+    """Makes the change number `wanted` within `train`; counts them all."""
+
+    def __init__(self, wanted=-1):
+        self.wanted, self.count, self.changed = wanted, 0, None
+
+    def here(self, node, new, text=None):
+        """`node`, or what `new()` makes of it if this is the change that is wanted; text: (was, became)."""
+        self.count += 1
+        if self.count - 1 != self.wanted:
+            return node
+        was = ast.unparse(node)
+        made = ast.copy_location(new(), node)
+        self.changed = node.lineno, *(text or (was, ast.unparse(made)))
+        return ast.fix_missing_locations(made)
+
+    def statement(self, node):
+        node = self.generic_visit(node)
+        return self.here(node, ast.Pass)
+
+    visit_AugAssign = statement
+
+    def visit_Expr(self, node):
+        node = self.generic_visit(node)
+        return node if isinstance(node.value, ast.Constant | ast.Yield) else self.here(node, ast.Pass)
+
+    def visit_If(self, node):
+        node = self.generic_visit(node)
+        text = f"if {ast.unparse(node.test)}", "if True"
+        return self.here(node, lambda: ast.If(ast.Constant(True), node.body, []), text)
+
+    def visit_BinOp(self, node):
+        node = self.generic_visit(node)
+        turned = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Mod: ast.FloorDiv}
+        if type(node.op) not in turned:
+            return node
+        return self.here(node, lambda: ast.BinOp(node.left, turned[type(node.op)](), node.right))
+
+    def visit_UnaryOp(self, node):
+        node = self.generic_visit(node)
+        return self.here(node, lambda: node.operand) if isinstance(node.op, ast.USub | ast.Not) else node
+
+    def visit_Compare(self, node):
+        node = self.generic_visit(node)
+        turned = {ast.Lt: ast.GtE, ast.Gt: ast.LtE, ast.Eq: ast.NotEq}
+        turned |= {new: old for old, new in turned.items()}
+        if len(node.ops) != 1 or type(node.ops[0]) not in turned:
+            return node
+        return self.here(node, lambda: ast.Compare(node.left, [turned[type(node.ops[0])]()], node.comparators))
+
+    def visit_Constant(self, node):
+        if isinstance(node.value, bool):
+            return self.here(node, lambda: ast.Constant(not node.value))
+        if isinstance(node.value, int | float):
+            return self.here(node, lambda: ast.Constant(node.value + 1))
+        return node
+
+    def visit_Attribute(self, node):
+        node = self.generic_visit(node)
+        if isinstance(node.value, ast.Name) and node.value.id == "args" and isinstance(node.ctx, ast.Load):
+            half = lambda: ast.parse(f"type({ast.unparse(node)})({ast.unparse(node)} * 0.5)", mode="eval").body
+            return self.here(node, half) if self.numeric(node.attr) else node
+        return node
+
+    def visit_Call(self, node):
+        node = self.generic_visit(node)
+        for keyword in list(node.keywords):  # left out, one after the other
+            if keyword.arg and getattr(node.func, "id", "") != "dict":
+                rest = [other for other in node.keywords if other is not keyword]
+                new = lambda node=node, rest=rest: ast.Call(node.func, node.args, rest)
+                node = self.here(node, new, (ast.unparse(keyword), "left out"))
+        if getattr(node.func, "id", "") == "deepcopy":
+            return self.here(node, lambda: node.args[0])
+        if getattr(node.func, "attr", "") in ("clamp", "detach", "abs", "amin", "amax", "min", "max"):
+            return self.here(node, lambda: node.func.value)
+        return node
+
+    def visit_keyword(self, node):
+        if isinstance(node.value, ast.Constant) and isinstance(node.value.value, bool):
+            other = f"{node.arg}={not node.value.value}"
+            new = lambda: ast.keyword(node.arg, ast.Constant(not node.value.value))
+            return self.here(node, new, (ast.unparse(node), other))
+        return self.generic_visit(node)
+
+    def visit_Name(self, node):
+        if isinstance(node.ctx, ast.Load) and node.id.endswith("_target"):
+            return self.here(node, lambda: ast.Name(node.id.removesuffix("_target"), ast.Load()))
+        return node
+
+
+def breaker(source, wanted=-1):
+    """The broken module's tree, and the Breaker that has counted, and changed `wanted`."""
+    tree, numbers = ast.parse(source), set()
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            types_ = {field.target.id: ast.unparse(field.annotation) for field in node.body}
+            numbers = {name for name, kind in types_.items() if re.match(r"(int|float)\b", kind)}
+    one = Breaker(wanted)
+    one.numeric = numbers.__contains__
+    for i, node in enumerate(tree.body):
+        if isinstance(node, ast.FunctionDef) and node.name == "train":
+            tree.body[i] = one.visit(copy.deepcopy(node))
+    return tree, one
+
+
+def changes(script):
+    """[(line, was, became, reason it is equivalent or "")] of every change, in order."""
+    source = (ROOT / "algorithms" / f"{script}.py").read_text()
+    lines, found = source.splitlines(), []
+    for wanted in range(breaker(source)[1].count):
+        number, was, became = breaker(source, wanted)[1].changed
+        text = f"{was} -> {became} @ {lines[number - 1].strip()}"
+        known = EQUIVALENT[""] | EQUIVALENT.get(script, {})
+        found.append((number, was, became, next((why for what, why in known.items() if re.search(what, text)), "")))
+    return found
+
+
+def survives(script, wanted):
+    """Whether the tests pass, in a child, where algorithms.<script> is broken so."""
+    if child := os.fork():
+        deadline = time.time() + LIMIT
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if time.time() > deadline:  # a loop that never ends is seen, too
+                os.kill(child, 9)
+                os.waitpid(child, 0)
+                return False
+            time.sleep(0.02)
+        return os.waitstatus_to_exitcode(ended[1]) == 0
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    import pytest
+
+    import algorithms
+
+    source = ROOT / "algorithms" / f"{script}.py"
+    module = types.ModuleType(f"algorithms.{script}")
+    module.__file__ = str(source)
+    sys.modules[module.__name__] = module
+    setattr(algorithms, script, module)
+    exec(compile(breaker(source.read_text(), wanted)[0], str(source), "exec"), vars(module))
+    folder, tests = Path(os.environ["COLLECTED"]).parent, ROOT / "tests"
+    words = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", f"--basetemp={folder / str(os.getpid())}"]
+    status = pytest.main([*words, str(tests / f"test_{script}.py")])
+    if status == 0:
+        general = [str(tests / "test_scripts.py"), str(tests / "test_seeds.py")]
+        names = "resume_evaluate or do_not_leak or learning_rate"
+        status = pytest.main([*words, *general, "-k", f"({names}) and ({script}- or {script}])"])
+    os._exit(int(status))
+
+
+def collect_once(folder):
+    """The file of conftest's `collected`, which each child would collect anew."""
+    task = find_task("hopper-medium")
+    if child := os.fork():  # so that no thread of torch's is started here, where children are forked from
+        os.waitpid(child, 0)
+    else:
+        rows = rollout(task, *plan(task, 20_000)[0])
+        write_hdf5(folder / "collected.hdf5", assemble(task, fingerprint(task, plan(task, 20_000)), rows))
+        os._exit(0)
+    return folder / "collected.hdf5"
+
+
+def main(scripts, show):
+    """Prints each script's survivors; exit status 1 if there is one, or if the tests fail without any change."""
+    bad = 0
+    for script in scripts:
+        found = changes(script)
+        tried = [i for i, (*_, why) in enumerate(found) if not why]
+        known = f"{len(found)} changes, {len(found) - len(tried)} of them equivalents"
+        if show:
+            for number, was, became, why in found:
+                print(f"{script}.py:{number}: {was} -> {became}" + f"    [{why}]" * bool(why))
+            print(f"{script}: {known}")
+            continue
+        start = time.time()
+        if not survives(script, -1):
+            print(f"{script}: tests/test_{script}.py fails as it is, or does not exist", flush=True)
+            bad += 1
+            continue
+        with ThreadPoolExecutor(cores()) as pool:
+            left = [i for i, alive in zip(tried, pool.map(partial(survives, script), tried)) if alive]
+        print(f"{script}: {known}; {len(left)} survive ({time.time() - start:.0f} s)", flush=True)
+        for i in left:
+            number, was, became, _ = found[i]
+            print(f"    {script}.py:{number}: {was} -> {became}", flush=True)
+        bad += len(left)
+    return bad
+
+
+if __name__ == "__main__":
+    words = [word for word in sys.argv[1:] if word != "--show"]
+    unknown = [word for word in words if word not in SCRIPTS]
+    if unknown:
+        sys.exit(f"error: there is no script {unknown[0]}; known are {', '.join(SCRIPTS)}.")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["COLLECTED"] = str(collect_once(Path(folder)))
+        sys.exit(bool(main(words or SCRIPTS, "--show" in sys.argv)))
