@@ -1,11 +1,14 @@
 import contextlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 
@@ -29,12 +32,22 @@ class Here:
 
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """A collected hopper-medium of 20,000 transitions: short episodes, quickly evaluated, as an HDF5 file."""
-    path = tmp_path_factory.mktemp("data") / "small.hdf5"
+def collected(tmp_path_factory):
+    """A collected hopper-medium of 20,000 transitions, as an HDF5 file."""
+    path = tmp_path_factory.mktemp("data") / "collected.hdf5"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collect, "ProcessPoolExecutor", Here)
         collect.collect(find_task("hopper-medium"), path, 20_000)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small(collected):
+    """The same, but quickly evaluated: an episode is over after 100 steps."""
+    path = collected.with_name("small.hdf5")
+    shutil.copy(collected, path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["task"] = json.dumps(json.loads(file.attrs["task"]) | {"max_episode_steps": 100})
     return path
 
 

@@ -5,14 +5,14 @@ import random
 import resource
 import signal
 import time
-from pathlib import Path
 
 import gymnasium
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fails, start
+import tyro
+from conftest import ROOT, children, fails, start, wait_for_the_end
 
 from datasets import BODIES, Dataset, UserError, collect, find_task, load, show, sources
 from datasets.collect import assemble, fingerprint, load_policy, plan, rollout, spread
@@ -215,7 +215,7 @@ def test_load_policy_is_sac(hopper_policy):
     np.testing.assert_allclose(np.hstack([mean, log_std]), expected, atol=2e-3)  # float16
 
 
-def test_cache(monkeypatch, capsys):
+def test_cache(here, monkeypatch, capsys):
     """Collected once; a truncated file is not used but collected again; a whole one is read as it is."""
     monkeypatch.setattr(collect, "plan", lambda task, n=0: plan(task, n or 3000))
     task = find_task("halfcheetah-medium")
@@ -298,10 +298,13 @@ def test_interrupted_collection_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killed_collection_leaves_nothing_half(tmp_path):
-    """kill -9 at ten random moments: the file is whole or absent, no worker lives on, leftovers go the next time."""
+@pytest.mark.parametrize("workers_by", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_killed_collection_leaves_nothing_half(workers_by, tmp_path, monkeypatch):
+    """kill -9 at random moments: the file is whole or absent, no worker lives on, leftovers go the next time."""
     path, task = tmp_path / "x.hdf5", find_task("stitch-meet")
-    context = multiprocessing.get_context("fork")  # quicker than ten new interpreters
+    get_context = multiprocessing.get_context
+    context = get_context("fork")  # quicker than so many new interpreters, here and, unless slow, for the workers
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: get_context(workers_by))
     seconds, whole, workers = 0.0, None, []
     for _ in range(11):
         process, start = context.Process(target=collect.collect, args=(task, path, 3000)), time.time()
@@ -310,18 +313,18 @@ def test_killed_collection_leaves_nothing_half(tmp_path):
             process.join()
             seconds, whole = time.time() - start, path.read_bytes()
         else:
+            while process.is_alive() and not children(process.pid):  # the worker
+                time.sleep(0.001)
             process.join(random.random() * seconds)
             if process.is_alive():
-                workers += Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                workers += children(process.pid)
             process.kill()
             process.join()
         if path.exists():
             assert path.read_bytes() == whole
             path.unlink()
-    deadline = time.time() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.time() < deadline, "workers outlive the process that they worked for"
-        time.sleep(0.1)
+    assert workers
+    wait_for_the_end(workers)
     (tmp_path / f".x.hdf5.{process.pid}").touch()  # as if it had died while it wrote
     collect.collect(task, path, 3000)
     assert list(tmp_path.iterdir()) == [path]
@@ -339,7 +342,7 @@ def test_two_build_the_same_cache(monkeypatch):
     assert list(path.parent.iterdir()) == [path] and len(load("stitch-gap")) == 3000
 
 
-def test_export_command(tmp_path):
+def test_export_command(here, tmp_path):
     """collect.py --minari writes a dataset that load reads back, row for row."""
     words = ("--env", "stitch-meet", "--transitions", 2000, "--out", tmp_path / "x.hdf5", "--minari", "test/stitch-v0")
     process = start("datasets/collect.py", *words)
@@ -348,7 +351,8 @@ def test_export_command(tmp_path):
     ours, theirs = load(str(tmp_path / "x.hdf5")), load("test/stitch-v0")
     assert torch.equal(ours.rows, theirs.rows) and (ours.ends == theirs.ends).all()
     assert theirs.source == "minari" and theirs.task.ref_max == 1
-    assert "exists already" in fails("datasets/collect.py", *words)
+    with pytest.raises(UserError, match="exists already"):
+        collect.main(tyro.cli(collect.Args, args=[*map(str, words)]))
 
 
 def test_readme_own_data(tmp_path, monkeypatch):
@@ -370,7 +374,7 @@ def test_readme_own_data(tmp_path, monkeypatch):
         np.testing.assert_allclose(data.rew[rows], rew, rtol=1e-6)
 
 
-def test_show(tmp_path, monkeypatch, capsys):
+def test_show(here, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(collect, "plan", lambda task, n=0: plan(task, n or 2000))
     monkeypatch.setattr(show, "FOLDER", tmp_path)
     with pytest.raises(UserError, match="No dataset is at hand"):
@@ -387,9 +391,13 @@ def test_show(tmp_path, monkeypatch, capsys):
 
 
 def test_collect_arguments():
-    assert "Give one task" in fails("datasets/collect.py")
-    assert "go together" in fails("datasets/collect.py", "--env", "halfcheetah-medium", "--transitions", 10)
-    assert "nearest names" in fails("datasets/collect.py", "--env", "halfcheeta-medium")
+    for words, message in (
+        ([], "Give one task"),
+        (["--env", "halfcheetah-medium", "--transitions", "10"], "go together"),
+        (["--env", "halfcheeta-medium"], "nearest names"),
+    ):
+        with pytest.raises(UserError, match=message):
+            collect.main(tyro.cli(collect.Args, args=words))
 
 
 def test_next_act():

@@ -1,39 +1,39 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, children, wait_for_the_end, wait_until
 
 from datasets import collect, find_task, sources
 from results import reproduce
 from results.reproduce import Args, Job, find_jobs
 
-GRID = ["--algos", "bc", "--envs", "stitch-gap", "--seeds", "0", "1", "--steps", "3000"]
+GRID = ["--algos", "bc", "--envs", "stitch-gap"]
 TIMES = ("seconds", "eval_seconds", "memory_mb")
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path, here):
     """A copy of the project without records, and a small stitch-gap in the cache."""
     task = find_task("stitch-gap")
     collect.collect(task, sources.collected_file(task), 3000)
     root = tmp_path / "project"
     root.mkdir()
-    subprocess.run(["cp", "-r", "algorithms", "datasets", "results", root], cwd=ROOT, check=True)
-    subprocess.run(["rm", "-r", root / "results" / "runs"], check=True)
-    (root / "results" / "runs").mkdir()
+    for folder in ("algorithms", "datasets", "results"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("runs", "__pycache__", "*.gif"))
     return root
 
 
 def launch(root, *words, runs=None):
     """`results/reproduce.py` as a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "results/reproduce.py", *(words or GRID)],
+        [sys.executable, "results/reproduce.py", *map(str, words)],
         cwd=root,
         env=os.environ | ({"RUNS_DIR": str(runs)} if runs else {}),
         stdout=subprocess.PIPE,
@@ -51,34 +51,47 @@ def records(root):
     return found
 
 
-def test_killed_and_started_again(project, tmp_path):
+def begun(folder):
+    """How many starts of runs have come to their updates."""
+    return len(list(folder.rglob("events*")))
+
+
+@pytest.mark.parametrize(
+    "kills, seeds, steps",
+    [(1, (0,), 3000), pytest.param(int(os.environ.get("KILLS", 10)), (0, 1), 12_000, marks=pytest.mark.slow)],
+)
+def test_killed_and_started_again(kills, seeds, steps, project, tmp_path):
     """Killed at random moments, runner and all, and started again: the same records as without."""
-    out, err = launch(project, runs=tmp_path / "undisturbed").communicate(timeout=200)
+    words = [*GRID, "--seeds", *seeds, "--steps", steps]
+    out, err = launch(project, *words, runs=tmp_path / "undisturbed").communicate(timeout=400)
     assert "0 runs left" in out and "Nothing is left" in out, err
     expected = records(project)
-    assert len(expected) == 2
-    subprocess.run(["rm", "-r", project / "results" / "runs"], check=True)
-    rng = random.Random(0)
-    for _ in range(int(os.environ.get("KILLS", 3))):
-        process = launch(project)
-        time.sleep(rng.uniform(4, 7))
+    assert len(expected) == len(seeds)
+    shutil.rmtree(project / "results" / "runs")
+    for _ in range(kills):
+        process, before = launch(project, *words), begun(tmp_path / "runs")
+        wait_until(lambda before=before: begun(tmp_path / "runs") > before, process)
+        time.sleep(random.uniform(0, 3))
+        runs = children(process.pid)
         process.kill()  # the runner alone: its runs must end with it
         process.communicate()
-    process = launch(project)
-    out, err = process.communicate(timeout=200)
+        wait_for_the_end(runs)
+        if len(records(project)) == len(seeds):
+            break  # nothing is left to be killed
+    process = launch(project, *words)
+    out, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     assert records(project) == expected
 
 
-def test_ctrl_c(project):
-    process = launch(project)
-    while not any((project.parent / "runs").rglob("events*")):  # a run trains
-        time.sleep(0.1)
+def test_ctrl_c(project, tmp_path):
+    process = launch(project, *GRID, "--seeds", 0, "--steps", 10**6)
+    wait_until(lambda: begun(tmp_path / "runs"), process)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.strip().splitlines()[-1] == "error: Stopped, and the runs are saved; the same command goes on."
-    assert any((project.parent / "runs").rglob("checkpoint.pt"))
+    assert any((tmp_path / "runs").rglob("checkpoint.pt"))
 
 
 def test_one_that_fails_does_not_stop_the_others(project):

@@ -562,7 +562,7 @@ def test_help_from_anywhere(tmp_path):
         assert f"{name}.py" in text.splitlines()[0] and "--resume" in text and "--lr" in text, text
 
 
-def test_bc_learns(small, tmp_path):
+def test_bc_learns(collected, tmp_path):
     """BC of 20 episodes comes near their mean score, 41, in seconds."""
-    bc.train(arguments(bc, small, steps=2000, eval_every=2000, eval_episodes=5))
+    bc.train(arguments(bc, collected, steps=2000, eval_every=2000, eval_episodes=5))
     assert load_checkpoint(checkpoint_of(tmp_path))["curve"][-1]["scores"][0] > 35
