@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import ROOT, children, fails, start, wait_for_the_end
+from conftest import ROOT, Here, children, fails, start, wait_for_the_end
 
 from datasets import BODIES, Dataset, UserError, collect, find_task, load, show, sources
 from datasets.collect import assemble, fingerprint, load_policy, plan, rollout, spread
@@ -83,7 +83,7 @@ def test_episodes_count_in_the_order_of_their_start(hopper_policy):
     np.testing.assert_array_equal(short[:, :-1], long[:200, :-1])
 
 
-def test_halfcheetah_times_out(tmp_path):
+def test_halfcheetah_times_out(here, tmp_path):
     path = tmp_path / "x.hdf5"
     collect.collect(find_task("halfcheetah-medium"), path, 3000)
     with h5py.File(path) as file:
@@ -97,13 +97,16 @@ def test_halfcheetah_times_out(tmp_path):
 
 
 def test_the_same_bytes_twice(tmp_path, monkeypatch):
-    """Three jobs, done by one worker and by three."""
+    """Three jobs, done here and by two workers."""
     task = find_task("halfcheetah-medium")
-    assert len(plan(task, 41_000)) == 3
-    for workers in (1, 3):
-        monkeypatch.setattr(os, "cpu_count", lambda count=workers: count)
-        collect.collect(task, tmp_path / f"{workers}.hdf5", 41_000)
-    assert (tmp_path / "1.hdf5").read_bytes() == (tmp_path / "3.hdf5").read_bytes()
+    monkeypatch.setattr(collect, "SHARD", 2000)
+    assert len(plan(task, 5000)) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "ProcessPoolExecutor", Here)
+        collect.collect(task, tmp_path / "here.hdf5", 5000)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    collect.collect(task, tmp_path / "two.hdf5", 5000)
+    assert (tmp_path / "here.hdf5").read_bytes() == (tmp_path / "two.hdf5").read_bytes()
 
 
 def test_sizes_are_whole_episodes():
@@ -289,8 +292,10 @@ def test_interrupted_collection_leaves_nothing(tmp_path):
         tmp_path / "x.hdf5",
     )
     process = start(*words, start_new_session=True)
-    while "collect" not in process.stderr.readline(10):  # the progress bar: the workers are starting
-        pass
+    begun = ""
+    while "collect" not in begun:  # the progress bar: the workers are starting
+        begun = process.stderr.readline(10)
+        assert begun, "it ended before it had begun"
     time.sleep(random.random() * 4)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it, to the workers too
     _, err = process.communicate(timeout=60)
@@ -330,14 +335,16 @@ def test_killed_collection_leaves_nothing_half(workers_by, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_two_build_the_same_cache(monkeypatch):
+def test_two_build_the_same_cache(here, monkeypatch):
     """Two processes at once, each of which finds no cache: both end with the whole dataset."""
     monkeypatch.setattr(collect, "plan", lambda task, n=0: plan(task, n or 3000))
-    code = "from datasets import collect, load; plan = collect.plan; "
-    code += "collect.plan = lambda task, n=0: plan(task, n or 3000); load('stitch-gap', 'collected')"
-    for process in [start("-c", code) for _ in range(2)]:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=load, args=("stitch-gap", "collected")) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
     path = sources.collected_file(find_task("stitch-gap"))
     assert list(path.parent.iterdir()) == [path] and len(load("stitch-gap")) == 3000
 

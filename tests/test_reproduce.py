@@ -8,10 +8,12 @@ import sys
 import time
 
 import pytest
+import tyro
 from conftest import ROOT, children, wait_for_the_end, wait_until
 
-from datasets import collect, find_task, sources
-from results import reproduce
+from algorithms import bc
+from datasets import UserError, collect, find_task, sources
+from results import reproduce, run
 from results.reproduce import Args, Job, find_jobs
 
 GRID = ["--algos", "bc", "--envs", "stitch-gap"]
@@ -30,12 +32,20 @@ def project(tmp_path, here):
     return root
 
 
-def launch(root, *words, runs=None):
+def reproduce_here(root, monkeypatch, *words):
+    """`results/reproduce.py` of the copy, its runs aside, in this process, which has its imports already."""
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "ROOT", root)
+        patch.setattr(reproduce, "ROOT", root)
+        patch.setattr(reproduce, "RECORDS", root / "results" / "runs")
+        reproduce.reproduce(tyro.cli(Args, args=list(map(str, words))))
+
+
+def launch(root, *words):
     """`results/reproduce.py` as a process group of its own."""
     return subprocess.Popen(
         [sys.executable, "results/reproduce.py", *map(str, words)],
         cwd=root,
-        env=os.environ | ({"RUNS_DIR": str(runs)} if runs else {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -58,29 +68,30 @@ def begun(folder):
 
 @pytest.mark.parametrize(
     "kills, seeds, steps",
-    [(1, (0,), 3000), pytest.param(int(os.environ.get("KILLS", 10)), (0, 1), 12_000, marks=pytest.mark.slow)],
+    [(1, (0,), 2000), pytest.param(int(os.environ.get("KILLS", 10)), (0, 1), 12_000, marks=pytest.mark.slow)],
 )
-def test_killed_and_started_again(kills, seeds, steps, project, tmp_path):
+def test_killed_and_started_again(kills, seeds, steps, project, tmp_path, monkeypatch, capsys):
     """Killed at random moments, runner and all, and started again: the same records as without."""
     words = [*GRID, "--seeds", *seeds, "--steps", steps]
-    out, err = launch(project, *words, runs=tmp_path / "undisturbed").communicate(timeout=400)
-    assert "0 runs left" in out and "Nothing is left" in out, err
+    with monkeypatch.context() as patch:
+        patch.setenv("RUNS_DIR", str(tmp_path / "undisturbed"))
+        reproduce_here(project, monkeypatch, *words)
+    out = capsys.readouterr().out
+    assert "0 runs left" in out and "Nothing is left" in out
     expected = records(project)
     assert len(expected) == len(seeds)
     shutil.rmtree(project / "results" / "runs")
     for _ in range(kills):
         process, before = launch(project, *words), begun(tmp_path / "runs")
         wait_until(lambda before=before: begun(tmp_path / "runs") > before, process)
-        time.sleep(random.uniform(0, 3))
+        time.sleep(random.uniform(0, 2))
         runs = children(process.pid)
         process.kill()  # the runner alone: its runs must end with it
         process.communicate()
         wait_for_the_end(runs)
         if len(records(project)) == len(seeds):
             break  # nothing is left to be killed
-    process = launch(project, *words)
-    out, err = process.communicate(timeout=400)
-    assert process.returncode == 0, err
+    reproduce_here(project, monkeypatch, *words)
     assert records(project) == expected
 
 
@@ -94,12 +105,11 @@ def test_ctrl_c(project, tmp_path):
     assert any((tmp_path / "runs").rglob("checkpoint.pt"))
 
 
-def test_one_that_fails_does_not_stop_the_others(project):
+def test_one_that_fails_does_not_stop_the_others(project, monkeypatch):
     (project / "algorithms" / "td3_bc.py").write_text("raise SystemExit('error: no such luck')\n")
-    process = launch(project, "--algos", "td3_bc", "bc", "--envs", "stitch-gap", "--seeds", "0", "--steps", "20")
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 1
-    assert err.strip().splitlines()[-1] == ("error: 1 of 2 runs failed: td3_bc stitch-gap seed 0: error: no such luck")
+    words = "--algos", "td3_bc", "bc", "--envs", "stitch-gap", "--seeds", 0, "--steps", 20
+    with pytest.raises(UserError, match="^1 of 2 runs failed: td3_bc stitch-gap seed 0: error: no such luck$"):
+        reproduce_here(project, monkeypatch, *words)
     assert list(records(project)) == ["results/runs/bc/collected/stitch-gap/seed=0,steps=20.json"]
 
 
@@ -132,11 +142,18 @@ def test_find_jobs(tmp_path, monkeypatch):
     assert job("10bc", "a", 2, 2).records[1].name == "seed=3,top_fraction=0.1,steps=50.json"
 
 
-def test_places_are_those_of_the_scripts(project):
+def test_places_are_those_of_the_scripts(here, tmp_path, monkeypatch):
     """The runner looks for records and checkpoints where the scripts put them."""
+    task = find_task("stitch-gap")
+    collect.collect(task, sources.collected_file(task), 3000)
     job = Job("10bc", "stitch-gap", 1, 2, 20, "collected", "x")
-    subprocess.run([*job.command(project, "cpu"), "--record"], env=os.environ | {"RUNS_DIR": str(job.runs)}, check=True)
+    _, script, *words = job.command(ROOT, "cpu")
+    assert script == str(ROOT / "algorithms" / "bc.py")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setenv("RUNS_DIR", str(job.runs))
+    bc.train(tyro.cli(bc.Args, args=[*words, "--record"]))
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     assert (job.folder / "checkpoint.pt").exists()
     ours = {path.relative_to(reproduce.ROOT) for path in job.records}
-    assert {path.relative_to(project) for path in (project / "results" / "runs").rglob("*.json")} == ours
-    assert "--resume" in job.command(project, "cpu")
+    assert {path.relative_to(tmp_path) for path in (tmp_path / "results" / "runs").rglob("*.json")} == ours
+    assert "--resume" in job.command(ROOT, "cpu")
