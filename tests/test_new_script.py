@@ -29,8 +29,8 @@ def change(path, *pairs):
 
 
 def test_made_up_script(project, small):
-    """A copy of td3_bc.py with a docstring and a constant of its own, and its row in tests/scripts.py: the general tests
-    find it and pass, and every table has it."""
+    """A copy of td3_bc.py with a docstring and a constant of its own, and its row in tests/scripts.py: the general
+    tests find it and pass, and every table has it."""
     path = project / "algorithms" / "made_up.py"
     shutil.copy(project / "algorithms" / "td3_bc.py", path)
     first, usage = path.read_text().splitlines()[0], "python algorithms/td3_bc.py"
