@@ -7,7 +7,7 @@ READY := .venv/installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint datasets results reproduce studies bench bench-peers policies tensorboard clean
+.PHONY: help install quickstart test test-slow lint datasets results reproduce studies bench gpu bench-peers policies tensorboard clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -48,18 +48,25 @@ reproduce: $(READY)  ## run what is missing of the grid ALGOS x ENVS x SEEDS at 
 	  $(if $(RUNNER),--runner $(RUNNER))
 	$(PYTHON) results/table.py
 
-studies: $(READY) .venv-peers/installed  ## train and measure what results/studies/ asks (hours on a CPU; goes on where it stopped)
+# d3rlpy is for the last study alone: where it cannot be installed, the others are measured and shown all the same.
+studies: $(READY)  ## train and measure what results/studies/ asks (hours on a CPU; goes on where it stopped)
 	$(PYTHON) results/studies/extrapolation.py
 	$(PYTHON) results/studies/cql_alpha.py
 	$(PYTHON) results/studies/stitching.py
 	$(PYTHON) results/studies/return_conditioning.py
 	$(PYTHON) results/studies/model_error.py
 	$(PYTHON) results/studies/demonstrations.py
+	$(PYTHON) results/table.py
+	$(MAKE) .venv-peers/installed
 	$(PYTHON) results/studies/peer_iql.py
 	$(PYTHON) results/table.py
 
 bench: $(READY)  ## updates per second of every script on this machine, into results/bench.json (minutes)
 	$(PYTHON) results/bench.py
+
+gpu: $(READY)  ## on a GPU: its tests, bench, and cells of the grid in MINUTES (8), archived in OUT (runs/gpu)
+	$(PYTHON) results/gpu.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(OUT),--out $(OUT)) \
+	  $(if $(PARTS),--parts $(PARTS)) $(if $(STEPS),--steps $(STEPS)) $(if $(DEVICE),--device $(DEVICE))
 
 bench-peers: $(READY) .venv-peers/installed .venv-imitation/installed  ## the same in d3rlpy, torchrl, imitation, in turns
 	$(PYTHON) results/peers.py --peers .venv-peers/bin/python td3_bc

@@ -7,8 +7,9 @@
 
 The paper's offline part; it goes on online, and has no scores on today's D4RL. Networks, batch size, lam, normalisation
 and the bound on the weights are therefore those of CORL's awac.py, whose scores are known. Differs from the authors'
-code (rlkit): there the weights are a softmax over 1024 transitions with lam 2 (locomotion) or 0.5 (Adroit), the actor's
-mean is a tanh, its log_std lies in [-6, 0] and its weights decay, depths are others, actions are not clipped.
+code (rlkit): there the weights are a softmax over the batch, of 128 transitions (1024 online), with lam 2 (locomotion)
+or 0.5 (Adroit), the actor's mean is a tanh, its log_std lies in [-6, 0], its weights decay, depths are others, actions
+not clipped, losses taken before all steps; on Adroit's binary rewards Q is at most 0, adv 0.5, pi_act the mean, done 0.
 Usage: python algorithms/awac.py --env halfcheetah-medium
 """
 
@@ -53,7 +54,8 @@ class Args:
 
 TUNED = {  # "" for all tasks, then by family, then by task: configs/offline/awac of github.com/corl-team/CORL
     "": dict(lam=0.3333),
-    **dict.fromkeys(("maze2d", "antmaze", "pen", "door", "hammer", "relocate"), dict(lam=0.1)),
+    **dict.fromkeys(("antmaze", "pointmaze", "stitch"), dict(lam=0.1)),  # the last two, this repository's: as AntMaze
+    **dict.fromkeys(("maze2d", "pen", "door", "hammer", "relocate"), dict(lam=0.1)),
 }
 
 

@@ -2,8 +2,8 @@
 
     L_pi = E (pi(obs) - act)^2
 
---top-fraction 0.1 is 10% BC (Chen et al., Decision Transformer, NeurIPS 2021, arXiv:2106.01345): it
-clones only the tenth of the trajectories with the highest returns.
+--top-fraction 0.1 is 10% BC: it clones only the tenth of the trajectories with the highest returns, as CORL does. Chen
+et al. (Decision Transformer, NeurIPS 2021, arXiv:2106.01345) take the best trajectories up to a tenth of the timesteps.
 
 --demos 4 clones as few and as thinned out trajectories as GAIL is given (gail.py).
 Widths, learning rate, batch size and normalisation are those of CORL's any_percent_bc.py.

@@ -8,7 +8,8 @@
 
 Differs from the paper as the authors' code does: no 1/2 before the squared error; a third of the actions sampled for
 CQL(H) are the policy's at next_obs. Differs from their code: PyTorch's initial weights; the actor's loss sees the
-critics after their step; the target's action is one of the samples; CQL(rho) samples the policy at obs alone.
+critics after their step; the target's action is one of the samples; max_target, as CORL's, is the highest of the lower
+Q, not the lower of the highest; CQL(rho) samples the policy at obs alone. CORL's log_std starts at -1.
 Usage: python algorithms/cql.py --env halfcheetah-medium
 """
 
@@ -241,7 +242,6 @@ def train(args):
         actor_opt.zero_grad()
         loss.sum().backward(inputs=[*actor.parameters(), log_temperature])  # the critics' weights need no gradient here
         actor_opt.step()
-
         with torch.no_grad():  # or the targets would drag the whole history of the critics along
             torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
             scalars = {"gap": gap, "alpha": log_alpha.exp(), "temperature": log_temperature.exp()}

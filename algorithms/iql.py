@@ -6,7 +6,7 @@
 
 No Q-function is ever asked about an action outside the data. pi is a Gaussian that is not squashed: its mean is a tanh,
 its deviation does not depend on obs. As in the authors' code: the actor's learning rate falls to 0 along a cosine over
---steps, and locomotion rewards are divided by the range of the trajectories' returns. Differs from theirs:
+--steps, and locomotion rewards are divided by the range of the trajectories' returns, times 1000. Differs from theirs:
 observations are normalized, as in CORL; PyTorch's initial weights; each loss sees the networks before their steps.
 Usage: python algorithms/iql.py --env halfcheetah-medium
 """

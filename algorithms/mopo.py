@@ -2,13 +2,13 @@
 
     model    N(mean_i, std_i^2) of y = (next_obs - obs, rew), i = 1 .. 7, each by maximum likelihood;
              the 5 with the lowest error on held-out data, the elites, predict: one of them drawn for each step
-    reward   rew~ = rew - lam u(obs, act),   u = max_i |std_i(obs, act)|                           (Eq. 4, Sec. 4.3)
-    policy   SAC (offline_sac.py) on batches of 5 % real and 95 % model transitions, which are rollouts of h steps
-             from states of the data, 50,000 every 1,000 updates                                        (Alg. 1, 2)
+    reward   rew~ = rew - lam u(obs, act),   u = max_i |std_i(obs, act)|                       (Alg. 1, Sec. 4.3)
+    policy   SAC (offline_sac.py) on 5 % data and 95 % rollouts of h steps, 50,000 of them every 1,000 updates  (Alg. 2)
 
-As in OfflineRL-Kit, whose lam and h these are, the actor's learning rate falls to 0 along a cosine. Differs from the
-authors' code: the model's targets are scaled as its inputs are; its networks draw from all rows; a rollout that
-terminates goes on from another state of the data; predictions stay within twice its range; model_updates ends the fit.
+As in OfflineRL-Kit (in brackets the authors' code): lam, h; actor and alpha lr 1e-4, the actor's along a cosine (3e-4);
+target entropy -A (-3); 5 epochs without gain end the fit (6). Differs from both: PyTorch's initial weights; targets are
+scaled as observations are, actions not; biases decay too; 5,000 rows held out (1,000); no bootstrap samples; rollouts
+stay within twice the data's range and go on from its states after a termination; model_updates ends the fit.
 Usage: python algorithms/mopo.py --env halfcheetah-medium-replay
 """
 
@@ -211,7 +211,7 @@ def imagine(args, ended, bound, obs, elites, actor, dynamics):
     rows = torch.arange(len(obs), device=obs.device)
     y = mean[member, rows] + log_std[member, rows].exp() * torch.randn_like(mean[0])  # (B, O + 1)
     next_obs = torch.minimum(torch.maximum(obs + y[:, :-1], -bound), bound)
-    rew = y[:, -1] - args.lam * uncertainty(args, mean, log_std)  # (Eq. 4)
+    rew = y[:, -1] - args.lam * uncertainty(args, mean, log_std)  # (Alg. 1)
     return torch.cat([obs, act, rew[:, None], next_obs, ended(next_obs)[:, None]], -1)
 
 

@@ -6,8 +6,8 @@
     alpha    L_a    = -log_alpha E (log pi(a | obs) + target_entropy),  target_entropy = -A                   (Eq. 18)
 
 What every other script cures: nothing corrects the values of actions that the data lack, the actor seeks out those that
-are too high, and the bootstrap spreads them. Differs from the paper as the authors' code does: log_alpha stands for
-alpha in Eq. 18.
+are too high, and the bootstrap spreads them. log_alpha stands for alpha in Eq. 18, as in the authors' first
+code and rlkit, not as in the paper and their later code.
 Usage: python algorithms/offline_sac.py --env halfcheetah-medium
 """
 

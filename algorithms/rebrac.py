@@ -7,7 +7,7 @@
 TD3+BC with a penalty in the critics too, weighted apart from the actor's; deeper networks, layer norm in the critics,
 larger batches. next_act is what the data did in next_obs.
 Differs from the authors' code: PyTorch's initialisation; layer norm without scale and shift, which the next layer has;
-the target actor follows the actor after its step, not before.
+the target actor follows the actor after its step, not before; of D4RL's files a cut episode loses one row more.
 Usage: python algorithms/rebrac.py --env halfcheetah-medium
 """
 
@@ -71,6 +71,7 @@ WEIGHTS = {
 TUNED = {  # "" for all tasks, then by family, then by task: Table 10; the authors' files have other lr for AntMaze
     "": dict(batch_size=1024, lr=1e-3, gamma=0.99, actor_weight=0.01, critic_weight=0.01),
     "antmaze": dict(batch_size=256, lr=1e-4, gamma=0.999),
+    "maze2d": dict(batch_size=256, lr=3e-4, actor_weight=0.003, critic_weight=0.001),  # CORL's, of all its mazes
     **dict.fromkeys(("pen", "door", "hammer", "relocate"), dict(batch_size=256, lr=3e-4)),
 }
 TUNED |= {
@@ -177,7 +178,9 @@ def train(args):
     run = Run(__file__, args)
     data = load(args.env, args.source, run.device, args.eval_env)
     args = run.tuned(data.task, TUNED)
-    data.add_next_act()  # drops the row where an episode was cut, which has none, as the authors do
+    # Drops the row where an episode was cut, which has none. So do the authors; but D4RL's loader has dropped that row
+    # already, as theirs does, and of D4RL's files the row before it, whose next action went with it, goes as well.
+    data.add_next_act()
     if data.task.family == "antmaze":
         data.rew *= 100  # and not - 1, as in other papers
 

@@ -1,22 +1,29 @@
 """Measures every script that trains, on this machine, and appends to results/bench.json, which `make results` draws.
 
-Each row is a run of the script as it is: its updates per second without the evaluations, the memory it took at most,
-and the share of a whole run that evaluation takes at the script's defaults (10 episodes every 5,000 updates).
-On CUDA it also trains with and without the graph, and notes by how much the parameters differ.
+Each row is the script's own `train`, its loop stopped once it has been timed: updates per second without the
+evaluations, the memory taken at most, and the share of a whole run that evaluation takes at the script's defaults
+(10 episodes every 5,000 updates). On CUDA also without the graph, and with agents that are not lifted but trained by
+one thread each, a graph and a stream of its own: what seeds side by side are worth.
 
 Usage: make bench, or python results/bench.py --scripts td3_bc --seeds 1 16
 """
 
+import contextlib
+import dataclasses
 import datetime
+import importlib
 import json
+import multiprocessing
 import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,23 +32,21 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from datasets import UserError, write_whole
-from results.run import choose_device, code_version, load_checkpoint
+from results.run import Run, choose_device, code_version, peak_memory
+from tests.scripts import SCRIPTS
 
 FILE = ROOT / "results" / "bench.json"
-# Updates of one agent on a CPU, about ten seconds; S agents take a share of them. CUDA runs CUDA_FACTOR as many.
-UPDATES = {"bc": 6000, "td3_bc": 2000, "iql": 1500, "awac": 1000, "rebrac": 200}
-UPDATES |= {"cql": 200, "offline_sac": 1000, "sac_n": 200, "edac": 100, "dt": 100, "sac": 1500, "gail": 16_000}
-UPDATES |= {"mopo": 1000}
-CUDA_FACTOR = {"bc": 50, "td3_bc": 100, "iql": 100, "awac": 100, "rebrac": 300}
-CUDA_FACTOR |= {"cql": 200, "offline_sac": 100, "sac_n": 300, "edac": 300, "dt": 200, "sac": 8, "gail": 4, "mopo": 100}
-ONLINE = ("sac", "gail")  # in which a seed is a run
+ROUNDS = 3  # of which the median is taken
+WARM = 12  # updates beforehand: three of each kind, then those that capture its graph
 EVERY = {"gail": 96_000}  # updates between evaluations; of the others 5,000
+LONG = 96 * 10**7  # --steps, never reached
 
 
 @dataclass
 class Args:
-    scripts: tuple[str, ...] = tuple(UPDATES)
-    seeds: tuple[int, ...] = ()  # as many at once, each number in turn: (1, 4) on a CPU, (1, 4, 16) on a GPU
+    scripts: tuple[str, ...] = tuple(SCRIPTS)
+    seeds: tuple[int, ...] = ()  # as many at once, each number in turn: (1, 4) on a CPU, (1, 16) on a GPU
+    seconds: float = 5.0  # for each measurement
     device: str = "auto"
 
 
@@ -65,88 +70,209 @@ def append(entry):
     write_whole(FILE, ("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n").encode())
 
 
-def train(script, runs, *words):
-    """Runs the script; its record and its checkpoint."""
-    command = [sys.executable, str(ROOT / "algorithms" / f"{script}.py"), *map(str, words)]
-    done = subprocess.run(command, env=os.environ | {"RUNS_DIR": str(runs)}, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        raise UserError(f"{script}.py failed, and nothing was recorded: {last}")
-    record = max(Path(runs).rglob("record-seed=0.json"), key=lambda path: path.stat().st_mtime)
-    return json.loads(record.read_text()), load_checkpoint(record.with_name("checkpoint.pt"))
-
-
-def measure(script, seeds, device):
-    """One row: `script` with `seeds` agents, two evaluations included."""
-    if device == "cuda":
-        steps = UPDATES[script] * CUDA_FACTOR[script]
-    else:
-        steps = max(100, UPDATES[script] // seeds)
-    words = ["--device", device, "--steps", steps, "--eval-every", steps // 2]
+def arguments(script, module, seeds, device, graph=True):
+    """The script's own defaults on collected data, so long that no schedule ends, evaluated when we say so."""
+    changes = {"steps": LONG, "eval_every": LONG, "device": device}
+    if not SCRIPTS[script].acts:
+        changes |= {"seeds": seeds, "graph": graph}
     if script == "sac":
-        words += ["--start-steps", steps // 10]
+        changes["start_steps"] = 1  # it learns from the second on
     else:
-        words += ["--source", "collected"]
-    if script not in ONLINE:
-        words += ["--seeds", seeds]
-    with tempfile.TemporaryDirectory() as runs:
-        before = 0.0
-        if script == "mopo":  # whose model, and a first rollout, come before the first update, and are not counted
-            words += ["--env", "halfcheetah-medium-replay", "--model-updates", 1, "--rollout-every", steps]
-            record, _ = train(script, runs, *words, "--steps", 1)
-            before = record["seconds"] - record["eval_seconds"]
-        record, _ = train(script, runs, *words)
-    seconds, each = record["seconds"] - record["eval_seconds"] - before, record["eval_seconds"] / 2
-    return {
-        "script": script,
-        "seeds": seeds,
-        "updates": steps,
-        "updates_per_s": round(steps / seconds, 1),
-        "agent_updates_per_s": round(seeds * steps / seconds, 1),
-        "memory_mb": record["memory_mb"],
-        "evaluation_s": round(each, 2),
-        "evaluation_share": round(each / (each + EVERY.get(script, 5000) * seconds / steps), 3),
-    }
+        changes["source"] = "collected"
+    if script == "mopo":  # whose model, and rollouts, come before the first update, and are not counted
+        changes |= {"env": "halfcheetah-medium-replay", "model_updates": 1, "rollout_every": LONG}
+    return module.Args(**changes)
 
 
-def learned(state):
-    """{name: tensor} of what a checkpoint's `state` holds, less the optimisers."""
-    items = {name: item for name, item in state.items() if not name.endswith("opt")}
-    items = {name: {"": item} if isinstance(item, torch.Tensor) else item for name, item in items.items()}
-    return {f"{name}.{key}": value for name, item in items.items() for key, value in item.items()}
+def finish(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
-def graph_difference(script):
-    """The largest difference of a parameter after 200 updates with and without the CUDA graph."""
-    words = ["--source", "collected", "--steps", 200, "--eval-every", 200, "--eval-episodes", 1, "--seeds", 2]
-    with tempfile.TemporaryDirectory() as runs:
-        ends = [learned(train(script, runs, *words, *more)[1]["state"]) for more in ((), ("--no-graph",))]
-    return max((ends[0][name] - ends[1][name]).abs().max().item() for name in ends[0])
+def measure(script, seeds, device, seconds, graph=True):
+    """One row: `script` with `seeds` agents."""
+    module, original, row = importlib.import_module(f"algorithms.{script}"), Run.steps, {}
+
+    def timed(run, data, **state):
+        loop, taken = original(run, data, **state), 0
+
+        def some(n):
+            nonlocal taken
+            for _ in range(n):
+                step = next(loop)  # which sets run.stride
+                taken += run.stride
+                yield step
+
+        yield from some(1)
+        yield from some(WARM if device == "cuda" and run.stride == 1 else 0)
+        n, rates = 1, []
+        while len(rates) < ROUNDS:
+            finish(device)
+            start = time.perf_counter()
+            yield from some(n)
+            finish(device)
+            elapsed = time.perf_counter() - start
+            if elapsed > 0.5 * seconds / ROUNDS:
+                rates.append(n * run.stride / elapsed)
+            n = max(n, min(10 * n, int(n * seconds / ROUNDS / elapsed)))
+        run._checked = LONG - taken - run.stride  # so many steps were watched, not all up to the last
+        yield LONG  # the last one is evaluated
+        loop.close()
+        row.update(script=script, seeds=seeds, updates_per_s=round(float(np.median(rates)), 1))
+        row.update(memory_mb=peak_memory(run.device), evaluation_s=round(run.eval_seconds, 2))
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, RUNS_DIR=folder):
+        if device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        with mock.patch.object(Run, "steps", timed):
+            module.train(arguments(script, module, seeds, device, graph))
+    row["agent_updates_per_s"] = round(seeds * row["updates_per_s"], 1)
+    training = EVERY.get(script, 5000) / row["updates_per_s"]
+    row["evaluation_share"] = round(row["evaluation_s"] / (row["evaluation_s"] + training), 3)
+    return row if graph else {**row, "way": "no graph"}
+
+
+def measure_plain(script, agents, seconds, rate):
+    """One row, on CUDA: `agents` runs of one agent at once, each in a thread of its own with its own graph and stream.
+
+    rate: about how many updates each makes in a second.
+    """
+    module, original, n = importlib.import_module(f"algorithms.{script}"), Run.steps, max(1, int(seconds * rate))
+    ready, barrier, failed = [threading.Event() for _ in range(agents)], threading.Barrier(agents + 1), []
+
+    def timed(run, data, **state):
+        loop = original(run, data, **state)
+        for _ in range(WARM):
+            yield next(loop)
+        torch.cuda.synchronize()
+        ready[run.args.seed].set()
+        barrier.wait()
+        for _ in range(n):
+            yield next(loop)
+        torch.cuda.current_stream().synchronize()
+        barrier.wait()
+        loop.close()
+
+    def train(seed):
+        try:
+            module.train(dataclasses.replace(arguments(script, module, 1, "cuda"), seed=seed))
+        except BaseException as error:
+            failed.append(error)
+            ready[seed].set()
+            barrier.abort()
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.dict(os.environ, RUNS_DIR=folder),
+        mock.patch.object(Run, "steps", timed),
+        mock.patch("signal.signal"),  # only a main thread may, and nobody presses Ctrl-C
+    ):
+        threads = [threading.Thread(target=train, args=(seed,), daemon=True) for seed in range(agents)]
+        for seed, thread in enumerate(threads):  # one after another: while a graph is captured nobody may allocate
+            thread.start()
+            ready[seed].wait()
+        if not failed:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                barrier.wait()
+                start = time.perf_counter()
+                barrier.wait()
+                elapsed = time.perf_counter() - start
+        for thread in threads:
+            thread.join()
+    if failed:
+        raise failed[0]
+    row = {"script": script, "seeds": agents, "way": "one thread each", "updates_per_s": round(n / elapsed, 1)}
+    return {**row, "agent_updates_per_s": round(agents * n / elapsed, 1)}
+
+
+def tell_rows(script, seeds, seconds, device, tell):
+    """Tells where it measures, then each row: `script` in every way that this device allows."""
+    device = choose_device(device).type
+    tell(machine(device))
+    numbers = (1,) if SCRIPTS[script].acts else seeds or ((1, 16) if device == "cuda" else (1, 4))
+    for number in numbers:
+        tell(row := measure(script, number, device, seconds))
+        if device == "cuda" and not SCRIPTS[script].acts:
+            tell(measure(script, number, device, seconds, graph=False))
+            if number > 1:
+                tell(measure_plain(script, number, seconds, row["updates_per_s"]))
+
+
+def run_child(pipe, log, function, *args):
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        function(*args, pipe.send)
+
+
+def in_child(log, limit, function, *args):
+    """Yields what `function(*args, tell)` tells, from a process of its own: a GPU that fails there fails for it alone,
+    and its memory is its own. It prints into the file `log`. UserError if it fails, or is not done after `limit` s."""
+    # A forked child has imported torch already; the parent must not have touched CUDA.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=run_child, args=(theirs, log, function, *args))
+    process.start()
+    theirs.close()
+    deadline = time.monotonic() + limit
+    try:
+        with contextlib.suppress(EOFError):  # it has ended
+            while ours.poll(max(0.0, deadline - time.monotonic())):
+                yield ours.recv()
+        process.join(max(1.0, deadline - time.monotonic()))
+        late = process.is_alive()
+    finally:
+        process.kill()
+        process.join()
+    if late:
+        raise UserError(f"not done after {limit:.0f} s")
+    if process.exitcode:
+        lines = log.read_text(errors="replace").strip().splitlines()
+        raise UserError(lines[-1] if lines else f"exit status {process.exitcode}")
+
+
+HEAD = "script       seeds  way               updates/s  agent-updates/s  memory MB  evaluation s  share"
+
+
+def entry_of(script, seeds, seconds, device, log, limit=600.0):
+    """Measures one script in a child and prints its rows; the entry, with all that was measured, and the error."""
+    where, rows, error = {}, [], None
+    try:
+        for told in in_child(log, limit, tell_rows, script, seeds, seconds, device):
+            if "script" not in told:
+                where = told
+                continue
+            rows.append(told)
+            end = "  ".join(str(told.get(name, "")) for name in ("memory_mb", "evaluation_s", "evaluation_share"))
+            print(
+                f"{script:12} {told['seeds']:5}  {told.get('way', ''):16} {told['updates_per_s']:10.0f} "
+                f"{told['agent_updates_per_s']:16.0f}  {end}",
+                flush=True,
+            )
+    except UserError as failure:
+        error = str(failure)
+        print(f"{script:12} failed: {error}", flush=True)
+    return {"kind": "scripts", **where, "rows": rows}, error
 
 
 def bench(args):
-    device = choose_device(args.device).type
-    numbers = args.seeds or ((1, 4, 16) if device == "cuda" else (1, 4))
-    print(
-        f"{machine(device)['device']}\n\nscript     seeds  updates/s  agent-updates/s  memory MB  evaluation s  share"
-    )
     for script in args.scripts:
-        rows = []
-        for seeds in (1,) if script in ONLINE else numbers:
-            rows.append(row := measure(script, seeds, device))
-            print(
-                f"{script:10} {seeds:5} {row['updates_per_s']:10.0f} {row['agent_updates_per_s']:16.0f} "
-                f"{row['memory_mb']:10} {row['evaluation_s']:13.2f} {row['evaluation_share']:6.1%}"
-            )
-        entry = {"kind": "scripts", **machine(device), "rows": rows}
-        if device == "cuda" and script not in ONLINE:
-            entry["graph_difference"] = {script: graph_difference(script)}
-        append(entry)
+        if script not in SCRIPTS:
+            raise UserError(f"Unknown --scripts '{script}'; known are {', '.join(SCRIPTS)}.")
+    failed = []
+    print(HEAD)
+    with tempfile.TemporaryDirectory() as folder:
+        for script in args.scripts:
+            log = Path(folder, f"{script}.log")
+            entry, error = entry_of(script, args.seeds, args.seconds, args.device, log)
+            if entry["rows"]:
+                append(entry)
+            if error:
+                failed.append(f"{script} ({error})")
+    if failed:
+        raise UserError(f"Not measured: {', '.join(failed)}.")
 
 
 if __name__ == "__main__":
-    args = tyro.cli(Args)
-    for script in args.scripts:
-        if script not in UPDATES:
-            raise UserError(f"Unknown --scripts '{script}'; known are {', '.join(UPDATES)}.")
-    bench(args)
+    bench(tyro.cli(Args))

@@ -48,7 +48,7 @@ def timed(update, n):
     print("seconds", time.perf_counter() - start, flush=True)
 
 
-def ours(script, seeds):
+def run_ours(script, seeds):
     """Trains with the script itself; its loop stops between the rounds."""
     module = importlib.import_module(script)
     steps = module.Run.steps
@@ -78,7 +78,7 @@ def columns(path):
         return [file[name][:] for name in ("observations", "actions", "rewards", "terminals", "timeouts")]
 
 
-def d3rlpy(script, path, fixed):
+def run_d3rlpy(script, path, fixed):
     import d3rlpy
 
     obs, act, rew, terminals, timeouts = columns(path)
@@ -98,7 +98,7 @@ def d3rlpy(script, path, fixed):
         timed(lambda: agent.update(batch if fixed else data.sample_transition_batch(256)), n)
 
 
-def torchrl(path):
+def run_torchrl(path):
     from tensordict import TensorDict
     from tensordict.nn import TensorDictModule, TensorDictSequential
     from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
@@ -147,7 +147,7 @@ def torchrl(path):
         timed(update, n)
 
 
-def imitation(path):
+def run_imitation(path):
     sys.path.remove(str(ROOT))  # what it knows as `datasets` is another package
     import gymnasium
     from imitation.algorithms.adversarial.gail import GAIL
@@ -238,11 +238,13 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--candidate"]:
         script, name, path, agents = sys.argv[2:]
         if name == "ours":
-            ours(script, int(agents))
-        elif name in ("torchrl", "imitation"):
-            globals()[name](path)
+            run_ours(script, int(agents))
+        elif name == "torchrl":
+            run_torchrl(path)
+        elif name == "imitation":
+            run_imitation(path)
         else:
-            d3rlpy(script, path, fixed=name != "d3rlpy")
+            run_d3rlpy(script, path, fixed=name != "d3rlpy")
     elif sys.argv[1:2] == ["--peers"] and len(sys.argv) == 4 and sys.argv[3] in PEERS:
         compare(*sys.argv[2:])
     else:

@@ -27,9 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from datasets import UserError, load, write_whole
 from results.run import code_version
+from tests.scripts import SCRIPTS
 
 RECORDS = ROOT / "results" / "runs"
-ALGOS = {name: [name] for name in ("bc", "td3_bc", "iql", "awac", "cql", "rebrac", "sac_n", "edac", "dt")}
+# All scripts but those that act while they learn, in reading order, and 10% BC.
+ALGOS = {name: [name] for name, script in SCRIPTS.items() if not script.acts}
 ALGOS["10bc"] = ["bc", "--top-fraction", "0.1"]
 BODIES, QUALITIES = ("halfcheetah", "hopper", "walker2d"), ("medium", "medium-replay", "medium-expert")
 
@@ -55,6 +57,7 @@ class Job:
     steps: int
     source: str
     fingerprint: str  # of the data
+    words: tuple[str, ...] = ()  # more arguments
 
     @property
     def name(self):
@@ -68,7 +71,7 @@ class Job:
 
     @property
     def changed(self):
-        words = ALGOS[self.algo][1:]
+        words = [*self.words, *ALGOS[self.algo][1:]]  # in the order of the script's Args
         return "".join(f",{key[2:].replace('-', '_')}={value}" for key, value in zip(words[::2], words[1::2]))
 
     @property
@@ -89,7 +92,7 @@ class Job:
     def command(self, root, device):
         script, *words = ALGOS[self.algo]
         words += ["--env", self.env, "--source", self.source, "--steps", self.steps, "--device", device]
-        words += ["--seed", self.seed, "--seeds", self.seeds]
+        words += ["--seed", self.seed, "--seeds", self.seeds, *self.words]
         words += ["--resume"] * (self.folder / "checkpoint.pt").exists()
         return [sys.executable, str(Path(root, "algorithms", f"{script}.py")), *map(str, words)]
 

@@ -360,9 +360,10 @@ def choose_device(name):
 
 
 def code_version():
-    """The commit, with -dirty where Python code differs from it; records and measurements may."""
+    """The commit, with -dirty where Python code differs from it; records and measurements may. In a copy without its
+    history the environment variable COMMIT can say it."""
     dirty = _git("diff", "--name-only", "HEAD", "--", "*.py") and "-dirty"
-    return (_git("rev-parse", "--short=12", "HEAD") or "unknown") + dirty
+    return (_git("rev-parse", "--short=12", "HEAD") or os.environ.get("COMMIT", "unknown")) + dirty
 
 
 def keep_freed_memory():

@@ -8,7 +8,8 @@ from functools import cache
 
 import pytest
 from conftest import ROOT
-from scripts import FAMILIES, SCRIPTS
+
+from tests.scripts import FAMILIES, SCRIPTS
 
 PATHS = sorted((ROOT / "algorithms").glob("*.py"))
 SOURCES = {path.stem: path.read_text() for path in PATHS}

@@ -7,6 +7,8 @@ from test_scripts import arguments
 
 from algorithms import dt
 from datasets import Dataset, find_task
+from results.evaluate import load_agent
+from results.run import load_checkpoint
 
 B, K, O, A = 5, 4, 17, 6
 
@@ -231,3 +233,33 @@ def test_asks_for_the_target(small, monkeypatch):
     dt.train(arguments(dt, small, steps=1, batch_size=2))
     dt.train(arguments(dt, small, steps=1, batch_size=2, target=6000.0))
     assert asked == [(3600.0, 1000.0), (6000.0, 1000.0)]
+
+
+@pytest.mark.parametrize("name", ["own", "antmaze-umaze"])
+def test_asks_an_unknown_task_for_the_best(name, small, tmp_path, monkeypatch, capsys):
+    """Where no return to ask for is known, it is the best in the data, as a raw return; said aloud, kept for later."""
+    load, best = dt.load, []
+
+    def load_as(*words):
+        data = load(*words)
+        data.task = dataclasses.replace(data.task, name=name)
+        starts = np.concatenate([[0], data.ends[:-1]])
+        best[:] = [max(data.rew[a:b].double().sum().item() for a, b in zip(starts, data.ends))]
+        return data
+
+    monkeypatch.setattr(dt, "load", load_as)
+    args = arguments(dt, small, steps=1, batch_size=2)
+    dt.train(args)
+    (path,) = (tmp_path / "runs").rglob("checkpoint.pt")
+    saved, out = load_checkpoint(path)["args"], capsys.readouterr().out
+    _, _, _, policy = load_agent(path)
+    assert saved["target"] == policy.left == pytest.approx(best[0] if name == "own" else 1.0) and saved["scale"] == 1.0
+    assert ("the target is the best in the data" in out) == (name == "own")
+    assert f"{name}: target {saved['target']}, scale 1.0\n" in out and path.parent.name.endswith("context=5")
+    dt.train(dataclasses.replace(args, resume=True, steps=2))
+    dt.train(dataclasses.replace(args, target=20.0))
+    assert "the best in the data" not in capsys.readouterr().out.split("Resumed")[1]
+    assert {load_checkpoint(path)["args"]["target"] for path in (tmp_path / "runs").rglob("checkpoint.pt")} == {
+        saved["target"],
+        20.0,
+    }

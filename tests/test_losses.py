@@ -317,6 +317,32 @@ def test_ensemble_actor_and_alpha(script, batch, monkeypatch):
     torch.testing.assert_close(script.policy(batch.obs, actor), actor.net(batch.obs)[:, :A].tanh())
 
 
+@pytest.mark.parametrize("script", [sac_n, edac], ids=lambda script: script.__name__)
+@pytest.mark.parametrize("family", ["pen", "hopper"])
+def test_adroit_settings(script, family, small, monkeypatch):
+    """On Adroit rewards have mean 0 and deviation 1, and the policy and alpha learn at a tenth of the critics' rate."""
+    load, seen = script.load, []
+
+    def load_as(*words):
+        data = load(*words)
+        data.task = dataclasses.replace(data.task, name=f"{family}-human")
+        seen.append(data.rew.clone())
+        return data
+
+    monkeypatch.setattr(script, "load", load_as)
+    monkeypatch.setattr(script.Run, "steps", lambda run, data, **state: seen.extend((data.rew, state)) or [])
+    script.train(script.Args(str(small), n_critics=2, device="cpu"))
+    before, rew, state = seen
+    expected = (before - before.mean()) / before.std() if family == "pen" else before
+    torch.testing.assert_close(rew, expected)
+    rates = {}
+    for group in state["adam_opt"].param_groups:
+        rates |= {id(param): group["lr"] for param in group["params"]}
+    of_actor = [*state["actor"].parameters(), state["log_alpha"]]
+    assert {rates[id(param)] for param in of_actor} == {3e-5 if family == "pen" else 3e-4}
+    assert {rates[id(param)] for param in state["critic"].parameters()} == {3e-4}
+
+
 def test_edac_diversity_reaches_the_weights(batch, monkeypatch):
     """The gradient of the critics' loss, most of which is the diversity's, against finite differences."""
     actor, critic, critic_target, _ = (

@@ -5,7 +5,8 @@ import shutil
 import pytest
 import test_scripts
 from conftest import ROOT, start
-from scripts import SCRIPTS
+
+from tests.scripts import SCRIPTS
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from algorithms import bc
 from datasets import UserError, collect, find_task, sources
 from results import reproduce, run
 from results.reproduce import Args, Job, find_jobs
+from tests.scripts import SCRIPTS
 
 GRID = ["--algos", "bc", "--envs", "stitch-gap"]
 TIMES = ("seconds", "eval_seconds", "memory_mb")
@@ -29,6 +30,8 @@ def project(tmp_path, here):
     root.mkdir()
     for folder in ("algorithms", "datasets", "results"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("runs", "__pycache__", "*.gif"))
+    (root / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "scripts.py", root / "tests")
     return root
 
 
@@ -111,6 +114,13 @@ def test_one_that_fails_does_not_stop_the_others(project, monkeypatch):
     with pytest.raises(UserError, match="^1 of 2 runs failed: td3_bc stitch-gap seed 0: error: no such luck$"):
         reproduce_here(project, monkeypatch, *words)
     assert list(records(project)) == ["results/runs/bc/collected/stitch-gap/seed=0,steps=20.json"]
+
+
+def test_find_jobs_of_every_script():
+    """Whatever learns from data alone can be asked for, without a list of its own."""
+    assert {words[0] for words in reproduce.ALGOS.values()} == {name for name in SCRIPTS if not SCRIPTS[name].acts}
+    assert "mopo" in reproduce.ALGOS and "sac" not in reproduce.ALGOS
+    assert reproduce.ALGOS["10bc"] == ["bc", "--top-fraction", "0.1"]
 
 
 def test_find_jobs(tmp_path, monkeypatch):

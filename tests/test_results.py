@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,6 +9,9 @@ from conftest import ROOT, start
 
 from datasets import UserError
 from results import bench, run, table
+from results.tables import agreement, curves, imitation, records, runs, scores, speed, summary
+from results.tables.records import compared, read_cells, read_published
+from tests.scripts import SCRIPTS, Script
 
 FILES = ["README.md", "results/README.md", "datasets/README.md", "results/learning_curves.png"]
 
@@ -15,6 +19,8 @@ FILES = ["README.md", "results/README.md", "datasets/README.md", "results/learni
 def copy_of_the_project(root):
     root.mkdir()
     subprocess.run(["cp", "-r", "README.md", "algorithms", "datasets", "results", root], cwd=ROOT, check=True)
+    (root / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "scripts.py", root / "tests")
     return root
 
 
@@ -59,10 +65,23 @@ def write(folder, name, **changes):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    shutil.copy(table.RESULTS / "reference.csv", tmp_path)
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
+def folder(tmp_path):
     return tmp_path
+
+
+def cells_in(folder):
+    return read_cells(folder / "runs")
+
+
+def tables_in(text):
+    """Each Markdown table of a page as [[the cells of a row]], its head and rule first."""
+    tables, last = [], None
+    for line in text.splitlines():
+        if line.startswith("|"):
+            tables += [] if last else [[]]
+            tables[-1].append([part.strip() for part in line.strip("|").split("|")])
+        last = line.startswith("|")
+    return tables
 
 
 def test_cells(folder):
@@ -75,29 +94,109 @@ def test_cells(folder):
     write(folder, "seed=5", seed=5, score=93.0, source="d4rl")
     write(folder, "seed=6", seed=6, score=94.0, args={"lr": 1e-4})  # the default was another one then
     write(folder, "seed=0,top_fraction=0.1", algorithm="bc", score=20.0)
-    lines = table.score_table(table.read_cells(), table.read_published()).splitlines()[2:]
+    text = runs.cells_table(cells_in(folder), read_published())
+    lines = [line for line in text.splitlines() if line.startswith("| hopper")]
     assert "| hopper-medium | TD3+BC | 12.0 ± 2.8 | 2 | 1,000 | collected | 60.4 ± 3.5 |" in lines
     assert "| hopper-medium | 10% BC | 20.0 | 1 | 1,000 | collected | 55.5 ± 7.3 |" in lines
     assert "| hopper-medium | TD3+BC lr=0.1 | 91.0 | 1 | 1,000 | collected |  |" in lines
     assert len(lines) == 7
 
 
+def test_a_record_of_an_unknown_script(folder):
+    write(folder, "seed=0", algorithm="nobody")
+    with pytest.raises(SystemExit, match="is a record of nobody.py, which has no row in tests/scripts.py"):
+        cells_in(folder)
+
+
 def test_grid(folder):
-    """The longest runs with the published arguments; no cell without a record; bodies first, in D4RL's order."""
-    write(folder, "seed=0", seed=0, score=10.0)
-    write(folder, "seed=0", seed=0, score=20.0, steps=2000)
-    write(folder, "seed=1", seed=1, score=24.0, steps=2000)
-    write(folder, "seed=0,lr=0.1", seed=0, score=99.0, steps=9000)
+    """Algorithms by family; no other arguments or tasks; the deviation over seeds, and the published score."""
+    write(folder, "seed=0", seed=0, score=20.0)
+    write(folder, "seed=1", seed=1, score=24.0)
+    write(folder, "seed=0,lr=0.1", seed=0, score=99.0)
     write(folder, "seed=0", algorithm="bc", env="stitch-gap", score=1.0)
     write(folder, "seed=0", algorithm="bc", env="halfcheetah-medium", score=2.0)
-    lines = table.grid_table(table.read_cells(), table.read_published()).splitlines()
-    assert lines[0] == "| task, data | BC | TD3+BC |"
-    sub = "<br><sub>collected; published</sub>"
+    write(folder, "seed=0", algorithm="gail", score=98.0)  # which acts while it learns
+    cells = compared(cells_in(folder), least=1000)
+    assert not compared(cells_in(folder))  # none has 100,000 updates
+    lines = scores.grid(cells, read_published()).splitlines()
+    heads = [part.strip() for part in lines[0].strip("|").split("|")]
+    assert heads[0] == "<sub>algorithm</sub>" and heads[10] == "<sub>mean</sub>" and len(heads) == 11
+    assert heads[1] == "<sub>half-<br>cheetah<br>medium</sub>" and heads[5] == "<sub>hopper<br>medium<br>replay</sub>"
     assert lines[2:] == [
-        f"| halfcheetah-medium{sub} | 2.0<br><sub>1 x 1k; 42.4</sub> |  |",
-        f"| hopper-medium{sub} |  | 22.0 ± 2.8<br><sub>2 x 2k; 60.4</sub> |",
-        f"| stitch-gap{sub} | 1.0<br><sub>1 x 1k</sub> |  |",
+        "| <sub>**imitation**</sub> |" + "  |" * 10,
+        "| BC<br><sub>± seeds</sub><br><sub>published</sub> | 2.0<br><sub></sub><br><sub>42.4</sub> |" + "  |" * 9,
+        "| <sub>**policy constraint**</sub> |" + "  |" * 10,
+        "| TD3+BC<br><sub>± seeds</sub><br><sub>published</sub> |  |  |  "
+        "| 22.0<br><sub>±2.8 2 seeds</sub><br><sub>60.4</sub> |" + "  |" * 6,
     ]
+    assert scores.caption(cells) == "1,000 updates, collected data, 1 seed where no other number is given"
+
+
+def test_mean_of_all_nine(folder):
+    for i, env in enumerate(records.TASKS):
+        write(folder, "seed=0", env=env, score=float(i))
+        if i < 8:
+            write(folder, "seed=0", algorithm="iql", env=env)
+    lines = scores.grid(compared(cells_in(folder), least=0), read_published()).splitlines()
+    assert lines[3].startswith("| TD3+BC") and lines[3].endswith("| 4.0<br><sub></sub><br><sub>76.4</sub> |")
+    assert lines[5].startswith("| IQL") and lines[5].endswith("|  |")
+
+
+def test_unequal_updates_and_sources_share_no_table(folder):
+    """Nor do they share a mean, an order, or a panel; one algorithm alone is no comparison."""
+    algorithms = "bc", "td3_bc", "iql"
+    for i, (source, steps) in enumerate([("collected", 100_000), ("collected", 200_000), ("d4rl", 100_000)]):
+        for j, algorithm in enumerate(algorithms):
+            score = 100.0 * i + j
+            write(folder, "seed=0", algorithm=algorithm, source=source, steps=steps, score=score, returns=[score])
+    write(folder, "seed=0", algorithm="iql", steps=300_000, score=900.0)
+    cells, published = cells_in(folder), read_published()
+    assert list(scores.comparisons(cells)) == [("collected", 100_000), ("collected", 200_000), ("d4rl", 100_000)]
+    expected = [["0.0", "1.0", "2.0"], ["100.0", "101.0", "102.0"], ["200.0", "201.0", "202.0"]]
+    text = scores.table(cells, published, [])
+    own = [[row[4].split("<br>")[0] for row in rows[2:] if row[4]] for rows in tables_in(text)]
+    assert own == expected
+    assert re.findall(r"\*\*(\d.*)\*\*", text) == [
+        "100,000 updates, collected data, 1 seed",
+        "200,000 updates, collected data, 1 seed",
+        "100,000 updates, d4rl data, 1 seed",
+    ]
+    page = table.comparisons(cells, published)
+    assert page.count("### ") == 4 and "### 300,000 updates, collected data, 1 seed\n" in page
+    assert page.count("- hopper-medium") == 3
+    for text in (page, runs.cells_table(cells, published)):
+        for head, _, *rows in tables_in(text):
+            if "updates" in head:
+                columns = [head.index("updates"), head.index("data")]
+                assert len({tuple(row[column] for column in columns) for row in rows}) == 1
+    assert len(tables_in(runs.runs_table(cells))) == 2  # a list of runs: by source
+
+
+def test_a_new_algorithm(folder, monkeypatch):
+    """Its script and its row in tests/scripts.py are all that tables and curves need; its name is its docstring's."""
+    shutil.copytree(ROOT / "algorithms", folder / "algorithms")
+    (folder / "algorithms" / "rnd.py").write_text('"""SAC-RND: Anti-Exploration by RND: a paper, arXiv:0."""\n')
+    monkeypatch.setattr(records, "ROOT", folder)
+    monkeypatch.setitem(SCRIPTS, "rnd", Script("pessimism", 100, 100))
+    for algorithm in ("td3_bc", "iql", "rnd"):
+        write(folder, "seed=0", algorithm=algorithm, steps=100_000)
+    cells = cells_in(folder)
+    assert [cell.name for cell in cells] == ["TD3+BC", "SAC-RND", "IQL"]  # by family
+    text = scores.table(cells, read_published(), [])
+    assert "| <sub>**pessimism**</sub> |" in text
+    assert "| SAC-RND<br><sub>± seeds</sub><br><sub></sub> |" in text  # nothing is published
+    assert "| SAC-RND | collected | 100,000 | 1 | 1 | 10.0 |  |" in summary.table(compared(cells))
+    assert "| hopper-medium | SAC-RND |" in runs.cells_table(cells, read_published())
+    assert "| hopper-medium | SAC-RND |" in runs.runs_table(cells)
+    curves.draw(compared(cells), read_published(), folder / "curves.png")
+
+
+def test_names_are_those_of_the_docstrings():
+    """All differ, and are those of the published scores, where there are any."""
+    names = [records.display_name(script) for script in SCRIPTS]
+    assert len(set(names)) == len(names) and all(0 < len(name) < 24 for name in names)
+    assert (names[0], records.display_name("offline_sac"), records.display_name("sac")) == ("BC", "Offline SAC", "SAC")
+    assert {name for name, _ in read_published()} <= {*names, records.TENTH}
 
 
 def test_imitation(folder):
@@ -108,7 +207,7 @@ def test_imitation(folder):
     write(folder, "seed=0,demos=4,lr=0.1", **gail | {"algorithm": "bc"}, returns=[0.0])
     write(folder, "seed=0,demos=4", **gail | {"algorithm": "bc"}, returns=[0.0], fingerprint="unknown")
     write(folder, "seed=0", algorithm="bc", env="hopper-expert", args={"demos": 0})
-    lines = table.imitation_table(table.read_cells(), [{"fingerprint": "f0", "mean": 4000.0}]).splitlines()
+    lines = imitation.table(cells_in(folder), {}, [{"fingerprint": "f0", "mean": 4000.0}]).splitlines()
     assert lines[2:] == [
         "| 4 of hopper-expert (collected) | BC lr=0.1 | 0.0 | 4000 | 0% | 1 x 8,000 |",
         "| 4 of hopper-expert (collected) | GAIL | 2000.0 ± 707.1 | 4000 | 50% | 2 x 8,000 |",
@@ -121,7 +220,7 @@ def test_summary(folder):
         write(folder, f"seed={seed}", seed=seed, score=score)
         write(folder, f"seed={seed}", seed=seed, score=50.0, env="walker2d-medium")
     write(folder, "seed=0", algorithm="bc", score=7.0)
-    lines = table.summary_table(table.read_cells()).splitlines()[2:]
+    lines = summary.table(cells_in(folder)).splitlines()[2:]
     assert lines[0] == "| BC | collected | 1,000 | 1 | 1 | 7.0 |  |"
     middle = (3 + 50 + 50 + 50) / 4
     assert lines[1].startswith(f"| TD3+BC | collected | 1,000 | 2 | 8 | {middle:.1f} | ")
@@ -134,7 +233,7 @@ def test_rank_agreement(folder):
         write(folder, "seed=0", algorithm=algorithm, score=score)
         write(folder, "seed=0", algorithm=algorithm, score=score if algorithm != "bc" else 0.0, env="walker2d-medium")
     write(folder, "seed=0", algorithm="bc", env="halfcheetah-medium")
-    lines = table.rank_agreement(table.read_cells(), table.read_published()).splitlines()
+    lines = agreement.lines(cells_in(folder), read_published()).splitlines()
     assert lines == [
         "- hopper-medium (collected): -0.50, of TD3+BC, IQL, BC",
         "- walker2d-medium (collected): 0.50, of BC, TD3+BC, IQL",
@@ -144,7 +243,7 @@ def test_rank_agreement(folder):
 def test_curves_of_cells(folder):
     for seed in range(2):
         write(folder, f"seed={seed}", seed=seed)
-    table.draw_curves(table.read_cells(), table.read_published())
+    curves.draw(cells_in(folder), read_published(), folder / "learning_curves.png")
     assert Path(folder / "learning_curves.png").stat().st_size > 1000
 
 
@@ -156,7 +255,7 @@ def test_fill():
 
 
 def test_published_scores_have_sources():
-    rows = table.read_published().values()
+    rows = read_published().values()
     assert len(rows) == 11 * 9  # algorithms x tasks
     assert all(row["source"] and row["note"] for row in rows)
 
@@ -166,7 +265,6 @@ def test_speed_tables(tmp_path, monkeypatch):
     row = {"script": "bc", "seeds": 1, "updates": 10, "updates_per_s": 5.0, "agent_updates_per_s": 5.0}
     row |= {"memory_mb": 100, "evaluation_s": 0.5, "evaluation_share": 0.1}
     monkeypatch.setattr(bench, "FILE", tmp_path / "bench.json")
-    monkeypatch.setattr(table, "RESULTS", tmp_path)
     bench.FILE.write_text("[]")
     bench.append({"kind": "scripts", "device": "H200", "commit": "gpu", "rows": [], "graph_difference": {"bc": 0.0}})
     bench.append({"kind": "scripts", "device": "cpu", "commit": "old", "rows": [row]})
@@ -174,7 +272,8 @@ def test_speed_tables(tmp_path, monkeypatch):
     ratios = [{"name": "ours", "seeds": 4, "agent_updates_per_s": 250, "peer": 2.5}]
     ratios += [{"name": "peer", "seeds": 1, "agent_updates_per_s": 100, "peer": 1.0}]
     bench.append({"kind": "peers", "device": "cpu", "commit": "new", "rows": ratios})
-    scripts, peers = table.speed_tables()
+    entries = json.loads(bench.FILE.read_text())
+    scripts, peers = speed.scripts(entries), speed.peers(entries)
     assert "| H200 | bc, graph or not: parameters differ by 0.0e+00 |" in scripts and "| old |" not in scripts
     assert "| cpu | bc | 1 | 1,234 | 5 | 100 | 0.5 | 10% | new |" in scripts
     assert "| ours, 4 seeds | 250 | 2.50 |" in peers and "| peer | 100 | 1.00 |" in peers

@@ -18,13 +18,13 @@ import pytest
 import torch
 import tyro
 from conftest import ROOT, error_of, start, wait_until
-from scripts import SCRIPTS
 
 from algorithms import bc, cql, edac, gail, iql, mopo, rebrac, sac, td3_bc
 from datasets import TASKS, UserError, collect, find_task
 from datasets.minari_io import export_minari
 from results import evaluate
 from results.run import Run, choose_device, load_checkpoint
+from tests.scripts import SCRIPTS
 
 FOUND = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
 MODULES = {name: importlib.import_module(f"algorithms.{name}") for name in SCRIPTS if name in FOUND}
@@ -293,7 +293,7 @@ def test_tuned_by_task(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(edac.TUNED, "hopper-medium", dict(eta=2.0))
     args = arguments(edac, small, steps=10, batch_size=8, n_critics=3)
     edac.train(args)
-    assert "hopper-medium: n_critics 3, eta 2.0\n" in capsys.readouterr().out
+    assert "hopper-medium: n_critics 3, eta 2.0, actor_lr 0.0003\n" in capsys.readouterr().out
     folder = checkpoint_of(tmp_path).parent
     assert folder.name == "seed=0,batch_size=8,eval_every=10,eval_episodes=1,n_critics=3"
     tuned = json.loads((folder / "record-seed=0.json").read_text())["args"]

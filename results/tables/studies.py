@@ -1,0 +1,26 @@
+"""What the studies measured: of each its question, picture and findings. One not yet measured is left out."""
+
+from results.studies import (
+    cql_alpha,
+    demonstrations,
+    extrapolation,
+    model_error,
+    peer_iql,
+    return_conditioning,
+    stitching,
+)
+from results.tables.records import RESULTS
+
+STUDIES = extrapolation, cql_alpha, stitching, return_conditioning, model_error, demonstrations, peer_iql
+
+
+def sections():
+    texts = []
+    for study in STUDIES:
+        if not (RESULTS / "studies" / f"{study.STUDY}.json").exists():
+            continue
+        study.draw()
+        question, about = study.__doc__.split("\nUsage:")[0].strip().split("\n", 1)
+        findings = "\n".join(f"- {sentence}" for sentence in study.findings())
+        texts.append(f"### {question}\n{about}\n\n![{study.STUDY}](studies/{study.STUDY}.png)\n\n{findings}")
+    return "\n\n".join(texts)
