@@ -15,8 +15,14 @@ from test_scripts import MODULES, SEEDED, arguments, assert_equal, checkpoint_of
 
 from algorithms import bc, td3_bc
 from datasets import Batch, Dataset, UserError, envs, find_task
-from results.bench import learned
 from results.run import Run
+
+
+def learned(state):
+    """{name: tensor} of what a checkpoint's `state` holds, less the optimisers."""
+    items = {name: item for name, item in state.items() if not name.endswith("opt")}
+    items = {name: {"": item} if isinstance(item, torch.Tensor) else item for name, item in items.items()}
+    return {f"{name}.{key}": value for name, item in items.items() for key, value in item.items()}
 
 
 def state_of(run):
