@@ -12,7 +12,7 @@ from tests.scripts import SCRIPTS
 @pytest.fixture
 def project(tmp_path):
     root = tmp_path / "project"
-    skipped = shutil.ignore_patterns("__pycache__", "*.gif")
+    skipped = shutil.ignore_patterns("__pycache__")
     for folder in ("algorithms", "datasets", "results", "tests"):
         shutil.copytree(ROOT / folder, root / folder, ignore=skipped)
     for name in ("README.md", "Makefile", "LICENSE", "CITATION.cff", "pyproject.toml"):
