@@ -212,7 +212,7 @@ def test_resume_is_exact_online(tmp_path, monkeypatch):
     monkeypatch.setattr(sac, "alpha_loss", killing)
     with pytest.raises(Killed):
         trained(tmp_path, monkeypatch, "parts", (sac.train, args))
-    assert 180 < load_checkpoint(checkpoint_of(tmp_path / "parts"))["step"] < 260
+    assert 180 < load_checkpoint(checkpoint_of(tmp_path / "parts"))["step"] < 290  # where it was killed
     parts = trained(tmp_path, monkeypatch, "parts", (sac.train, dataclasses.replace(args, resume=True)))
     assert whole["step"] == parts["step"] == 300 and len(whole["state"]["buffer"]["rows"]) == 300
     assert_equal(whole["state"], parts["state"])
