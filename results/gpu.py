@@ -67,11 +67,9 @@ def archive(out):
     (out / "new.tar.gz").replace(out / "gpu.tar.gz")
 
 
-def collect(out, device):
+def collect(args, out):
     """A process that collects beside the rest what bench and cells need, in the order in which they need it."""
-    names = ["halfcheetah-medium", "halfcheetah-medium-replay", "hopper-expert", *ENVS][
-        : None if device != "cpu" else 3
-    ]
+    names = [*BENCHED, *(ENVS if "cells" in args.parts and args.device != "cpu" else [])]
     code = "import sys; from datasets import load; [load(env, 'collected') for env in sys.argv[1:]]"
     log = (out / "collect.log").open("w")
     return subprocess.Popen([sys.executable, "-c", code, *names], cwd=ROOT, stdout=log, stderr=log)
@@ -84,7 +82,8 @@ def at_hand(env):
 def test(args, out, deadline):
     words = ["-k", "cuda or graph_changes", "--tb=short", "-p", "no:cacheprovider"]
     words += ["--continue-on-collection-errors"]  # a package that CUDA does not need may be missing
-    words += ["-n", "8"] if find_spec("xdist") else []  # they wait for the CPU, not for the GPU
+    if find_spec("xdist") and (workers := min(8, os.cpu_count() // 2)) > 1:
+        words += ["-n", str(workers)]  # they wait for the CPU, not for the GPU
     with (out / "tests.txt").open("w") as file:
         process = subprocess.Popen([sys.executable, "-m", "pytest", *words], cwd=ROOT, stdout=file, stderr=file)
         try:
