@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from datasets import BODIES, Dataset, find_task
+from datasets import BODIES, ActionLog, Dataset, find_task
 from results.run import Run
 
 
@@ -129,28 +129,6 @@ def save_policy(path, actor):
     np.savez(path, **{name: weight.half().cpu().numpy() for name, weight in actor.net.state_dict().items()})
 
 
-class ActionLog:
-    """What repeats a run in its simulator: each action as a byte; of each episode its seed, steps and return; and at
-    every 25th step of an episode the simulator's state, so that another processor's rounding cannot drift far."""
-
-    def __init__(self):
-        self.act, self.sim, self.episodes = [], [], []  # (A,) int8 each; (qpos, qvel) float64; [seed, steps, return]
-
-    def rounded(self, act, sim):
-        """The byte that stands for `act` (A,), as an action again; `sim` is the simulator before it acts."""
-        if self.episodes[-1][1] % 25 == 0:
-            self.sim.append(np.concatenate([sim.qpos, sim.qvel]))
-        self.episodes[-1][1] += 1
-        self.act.append((127 * act).round().char().numpy())
-        return (127 * act).round() / 127
-
-    def state_dict(self):
-        return {name: torch.from_numpy(np.array(rows)) for name, rows in vars(self).items()}
-
-    def load_state_dict(self, state):
-        vars(self).update({name: list(rows.numpy()) for name, rows in state.items()})
-
-
 def train(args):
     run = Run(__file__, args)
     task = find_task(args.env, BODIES)
@@ -186,28 +164,25 @@ def train(args):
             torch._foreach_lerp_(list(critic_target.parameters()), list(critic.parameters()), args.tau)
         return {"critic_loss": loss_q.detach(), "actor_loss": loss_pi.detach(), "alpha": alpha}
 
-    losses, obs = {"alpha": log_alpha.detach().exp()}, None
-    log = ActionLog() if args.log_actions else None
+    losses, obs, log = {"alpha": log_alpha.detach().exp()}, None, ActionLog()
     state = dict(buffer=data, actor=actor, critic=critic, critic_target=critic_target, log_alpha=log_alpha)
-    state |= dict(log=log) if log else {}
+    state |= dict(log=log) if args.log_actions else {}
     for step in run.steps(data, **state, actor_opt=actor_opt, critic_opt=critic_opt, alpha_opt=alpha_opt):
         if args.snapshot_every and (step - 1) % args.snapshot_every == 0:  # the first is the untrained policy
             save_policy(run.folder / f"policy-{step - 1:07d}.npz", actor)
         if obs is None:  # seeded by the step, so that a resumed run meets the same start states
             seed = 10_000_000 * args.seed + step
             obs, _ = env.reset(seed=seed)
-            if log:
-                log.episodes.append([seed, 0, 0.0])
+            log.start(seed)
         if step <= args.start_steps:
             action = torch.rand(A) * 2 - 1
         else:
             with torch.no_grad():
                 action = actor(torch.as_tensor(obs, dtype=torch.float32, device=run.device)[None])[0][0].cpu()
-        if log:
+        if args.log_actions:
             action = log.rounded(action, env.unwrapped.data)
         next_obs, rew, terminated, truncated, _ = env.step(action.numpy())
-        if log:
-            log.episodes[-1][2] += rew
+        log.earn(rew)
         data.add(obs, action, rew, next_obs, terminated)
         run.resumable = terminated or truncated
         obs = None if run.resumable else next_obs

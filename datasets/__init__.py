@@ -4,18 +4,20 @@ import sys
 
 import farama_notifications
 
-# gymnasium-robotics would print above every output that some of its rewards changed; d4rl_envs.py deals with that.
+# gymnasium-robotics would print above every output that some of its rewards changed; tasks/d4rl_envs.py mends those.
 farama_notifications.notifications.pop("gymnasium_robotics", None)
 
-from datasets import mazes
+from datasets.action_log import ActionLog
 from datasets.catalog import BODIES, TASKS, Task, UserError, find_task
 from datasets.dataset import Batch, Dataset, SarsaBatch
-from datasets.envs import Envs
-from datasets.sources import load, write_whole
+from datasets.loading import load
+from datasets.store import write_whole
+from datasets.vector_env import Envs
 
 __all__ = [
     "BODIES",
     "TASKS",
+    "ActionLog",
     "Batch",
     "Dataset",
     "Envs",
@@ -26,8 +28,6 @@ __all__ = [
     "load",
     "write_whole",
 ]
-
-TASKS.update(mazes.TASKS)
 
 
 def _show(kind, error, traceback):

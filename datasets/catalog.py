@@ -17,6 +17,8 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import FilterObservation, FlattenObservation, RescaleAction, TransformAction
 
+from datasets.tasks import mazes
+
 
 class UserError(Exception):
     """Something the user can put right: a script shows it as one sentence, without a traceback."""
@@ -40,6 +42,8 @@ class Task:
 
     def __post_init__(self):
         object.__setattr__(self, "obs_keys", tuple(self.obs_keys))  # JSON, in which files keep a task, has lists
+        # Checkpoints and files older than the folder tasks/ name its modules without it.
+        object.__setattr__(self, "env_id", re.sub(r"^datasets\.(mazes|d4rl_envs):", r"datasets.tasks.\1:", self.env_id))
 
     @property
     def evaluable(self):
@@ -105,12 +109,12 @@ ENVS = {  # what D4RL's tasks are evaluated in, by the first part of their names
         "env_id": "Ant-v4",
         "env_args": {"use_contact_forces": True, "contact_force_range": [0.0, 0.0]},
     },
-    "pen": {"obs_dim": 45, "act_dim": 24, "env_id": "datasets.d4rl_envs:D4RL/AdroitPen-v1"},
-    "door": {"obs_dim": 39, "act_dim": 28, "env_id": "datasets.d4rl_envs:D4RL/AdroitDoor-v1"},
-    "hammer": {"obs_dim": 46, "act_dim": 26, "env_id": "datasets.d4rl_envs:D4RL/AdroitHammer-v1"},
-    "relocate": {"obs_dim": 39, "act_dim": 30, "env_id": "datasets.d4rl_envs:D4RL/AdroitRelocate-v1"},
-    "antmaze": {"obs_dim": 29, "act_dim": 8, "env_id": "datasets.d4rl_envs:D4RL/AntMaze-v0", "rew_shift": -1.0},
-    "maze2d": {"obs_dim": 4, "act_dim": 2, "env_id": "datasets.d4rl_envs:D4RL/Maze2d-v0"},
+    "pen": {"obs_dim": 45, "act_dim": 24, "env_id": "datasets.tasks.d4rl_envs:D4RL/AdroitPen-v1"},
+    "door": {"obs_dim": 39, "act_dim": 28, "env_id": "datasets.tasks.d4rl_envs:D4RL/AdroitDoor-v1"},
+    "hammer": {"obs_dim": 46, "act_dim": 26, "env_id": "datasets.tasks.d4rl_envs:D4RL/AdroitHammer-v1"},
+    "relocate": {"obs_dim": 39, "act_dim": 30, "env_id": "datasets.tasks.d4rl_envs:D4RL/AdroitRelocate-v1"},
+    "antmaze": {"obs_dim": 29, "act_dim": 8, "env_id": "datasets.tasks.d4rl_envs:D4RL/AntMaze-v0", "rew_shift": -1.0},
+    "maze2d": {"obs_dim": 4, "act_dim": 2, "env_id": "datasets.tasks.d4rl_envs:D4RL/Maze2d-v0"},
     "kitchen": {"obs_dim": 60, "act_dim": 9},
 }
 NEWEST = {}  # "hopper-medium": "hopper-medium-v2"
@@ -136,7 +140,27 @@ def d4rl_tasks():
     return tasks
 
 
-TASKS = d4rl_tasks()
+def maze_tasks():
+    """A task of each map in tasks/mazes.py, by name. A return is 1 at the goal, else 0, and so is the reference."""
+    tasks = {}
+    for name, rows in mazes.MAPS.items():
+        cells = [[1 if cell == "#" else 0 if cell == " " else cell for cell in row] for row in rows]
+        tasks[name] = Task(
+            name,
+            "datasets.tasks.mazes:PointMazeFixedGoal-v3",
+            ref_min=0.0,
+            ref_max=1.0,
+            max_episode_steps=mazes.LIMITS[name],
+            env_args={"maze_map": cells, "continuing_task": False},
+            obs_keys=("observation",),
+            obs_dim=4,
+            act_dim=2,
+            rew_shift=-1.0,  # as in AntMaze
+        )
+    return tasks
+
+
+TASKS = d4rl_tasks() | maze_tasks()
 BODIES = {  # the environments themselves, for algorithms that learn online
     body: dataclasses.replace(TASKS[f"{body}-medium"], name=body, d4rl_file="")
     for body in ("halfcheetah", "hopper", "walker2d")

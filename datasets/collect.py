@@ -2,7 +2,7 @@
 
 D4RL's protocol for locomotion: actions are sampled from SAC policies, "random" is an untrained one, "medium" one
 stopped early, "expert" one trained to the end, "medium-expert" both; for "medium-replay", which in D4RL is the replay
-buffer of the medium policy's training, snapshots along that training act. Sizes are D4RL's. Mazes: datasets/mazes.py.
+buffer of the medium policy's training, snapshots along that training act. Sizes are D4RL's. Mazes: tasks/mazes.py.
 
 Usage: python datasets/collect.py --env halfcheetah-medium
        python datasets/collect.py --all
@@ -16,8 +16,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
-import time
 import tomllib
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
@@ -25,25 +23,25 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers' NumPy, whose matrices are small
 import mujoco
 import numpy as np
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from datasets import mazes
 from datasets.catalog import UserError, find_task
 from datasets.dataset import Dataset
-from datasets.sources import collected_file, describe, read_hdf5, write_hdf5
+from datasets.processes import cores, end_with
+from datasets.store import cache_dir, cached, read_hdf5, write_hdf5
+from datasets.tasks import mazes
 
 POLICIES = Path(__file__).resolve().parent / "policies"
-PROTOCOL = 1  # to be raised with every change here or in mazes.py that changes the transitions
+PROTOCOL = 1  # to be raised with every change here or in tasks/mazes.py that changes the transitions
 SHARD = 20_000  # transitions that one job collects; fixed, so that the data do not depend on the number of workers
 ENVS = 10  # environments that one job steps together, with one call of the policy
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
 COLLECTED = [f"{body}-{quality}" for body in ("halfcheetah", "hopper", "walker2d") for quality in QUALITIES]
-COLLECTED += list(mazes.TASKS)
+COLLECTED += list(mazes.MAPS)
 REPLAY_SIZES = {"halfcheetah": 202_000, "hopper": 402_000, "walker2d": 302_000}
 
 
@@ -56,6 +54,19 @@ class Args:
     minari: str = ""  # write it as the Minari dataset of this id as well
 
 
+def load(task, device="cpu"):
+    """The collected Dataset of `task`, collected unless it is there."""
+    path = collected_file(task)
+    data = cached(path, "", lambda: collect(task, path), device)
+    data.task = task
+    return data
+
+
+def collected_file(task):
+    """Where the collected dataset of `task` lies or will lie; another fingerprint is another file."""
+    return cache_dir() / f"{task.name}-{fingerprint(task, plan(task))}.hdf5"
+
+
 def plan(task, transitions=0):
     """What to collect: a list of jobs (policy file, transitions, seed). UserError if a policy does not exist.
 
@@ -63,7 +74,7 @@ def plan(task, transitions=0):
     """
     if task.name not in COLLECTED:
         raise UserError(f"{task.name} cannot be collected here, only {', '.join(COLLECTED)}.")
-    if task.name in mazes.TASKS:
+    if task.name in mazes.MAPS:
         total = transitions or mazes.SIZES[task.name]
         return [(None, size, seed) for seed, size in enumerate(spread(total, -(-total // SHARD)))]
     body, quality = task.name.split("-", 1)
@@ -101,10 +112,11 @@ def spread(total, parts, unit=1000):
 
 def fingerprint(task, jobs):
     """12 hexadecimal digits that change with the policies, the sizes, the protocol and the simulator."""
-    digest = hashlib.sha256(f"{PROTOCOL} {task.env_id} {task.max_episode_steps} {mujoco.__version__}".encode())
-    if task.name in mazes.TASKS:
+    env_id = task.env_id.replace("datasets.tasks.", "datasets.")  # as when the records' data were collected
+    digest = hashlib.sha256(f"{PROTOCOL} {env_id} {task.max_episode_steps} {mujoco.__version__}".encode())
+    if task.name in mazes.MAPS:
         controller = mazes.NOISE, mazes.NEAR, mazes.STAY, mazes.TRIPS.get(task.name)
-        as_collected = dataclasses.asdict(dataclasses.replace(task, rew_shift=0.0))  # the shift is the scripts' affair
+        as_collected = dataclasses.asdict(task) | {"env_id": env_id, "rew_shift": 0.0}  # scripts shift, not the data
         digest.update(json.dumps([controller, as_collected]).encode())
     for file, size, seed in jobs:
         digest.update(f"{size} {seed}".encode() + (file.read_bytes() if file else b""))
@@ -133,7 +145,7 @@ def rollout(task, file, transitions, seed):
 
     Episodes count in the order of their start, not of their end, or short ones would be preferred.
     """
-    if task.name in mazes.TASKS:
+    if task.name in mazes.MAPS:
         return mazes.rollout(task, transitions, seed)
     policy, rng = load_policy(file), np.random.default_rng([seed, 0])
     envs = [task.make_env() for _ in range(ENVS)]
@@ -168,21 +180,11 @@ def rollout(task, file, transitions, seed):
     return rows
 
 
-def end_with(parent):
-    """In a worker: ends it when the process `parent` is no more. After a kill -9 it would wait for jobs forever."""
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def collect(task, path, transitions=0):
     """Collects `task` into the HDF5 file `path`, in D4RL's layout. The file appears when it is whole, or not at all."""
     jobs, tables = plan(task, transitions), []
-    context, count = multiprocessing.get_context("spawn"), min(len(jobs), os.cpu_count())
+    context, count = multiprocessing.get_context("spawn"), min(len(jobs), cores())
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers' NumPy, whose matrices are small
     workers = ProcessPoolExecutor(count, context, initializer=end_with, initargs=(os.getpid(),))
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the workers inherit it: Ctrl-C is for this process
     shards = workers.map(rollout, [task] * len(jobs), *zip(*jobs))
@@ -220,11 +222,11 @@ def main(args):
         if args.out or not path.exists():
             collect(task, path, args.transitions)
         data = read_hdf5(path)
-        print(f"{describe(data)}\n{path}, {path.stat().st_size / 1e6:.0f} MB")
+        print(f"{data.describe()}\n{path}, {path.stat().st_size / 1e6:.0f} MB")
         if args.minari:
             from datasets.minari_io import export_minari
 
-            export_minari(data, args.minari, "waypoint controller" if name in mazes.TASKS else "SAC")
+            export_minari(data, args.minari, "waypoint controller" if name in mazes.MAPS else "SAC")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""D4RL's HDF5 files: where they lie, how they are downloaded, how their rows become transitions.
+"""D4RL's HDF5 files: where they lie, how they are downloaded, the Dataset that is made of one.
 
 Neither the d4rl package nor gym is needed. D4RL: Fu et al. 2020, arXiv:2004.07219; github.com/Farama-Foundation/D4RL.
 """
 
-import fcntl
+import dataclasses
 import http.client
 import os
 import urllib.error
@@ -11,14 +11,14 @@ import urllib.request
 from pathlib import Path
 
 import h5py
-import numpy as np
 from tqdm import tqdm
 
 from datasets.catalog import UserError
+from datasets.processes import locked
+from datasets.store import KEYS, READER, cache_dir, cached, make_dataset, transitions, write_hdf5
 
 URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"  # another mirror: D4RL_URL
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
-KEYS = ("observations", "actions", "rewards", "terminals")
 TRIES = 5  # connections to the server, each of which goes on where the last one broke off
 
 
@@ -30,6 +30,32 @@ def local_file(task):
 
 def address(task):
     return os.environ.get("D4RL_URL", URL).rstrip("/") + "/" + task.d4rl_file
+
+
+def load(task, device="cpu"):
+    """The Dataset of D4RL's file of `task`, downloaded unless it is there, by way of a flat file in the cache."""
+    if not task.d4rl_file:
+        raise UserError(f"D4RL has no data called {task.name}; use --source collected.")
+    path = local_file(task)
+    if not path.exists():
+        download(task)
+    status = path.stat()
+    flat = cache_dir() / f"d4rl-{task.name}.hdf5"
+
+    def build():
+        rows, ends, O, A = transitions(path, task.max_episode_steps)
+        if (task.obs_dim, task.act_dim) != (O, A):
+            wanted = f"{task.obs_dim} and {task.act_dim}"
+            raise UserError(f"{path} has {O} observations and {A} actions, {task.name} {wanted}: another task's file?")
+        write_hdf5(flat, make_dataset(task, "d4rl", path, rows, ends, O, A), origin)
+
+    origin = f"{READER} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    data = cached(flat, origin, build, device)
+    data.task = task
+    if task.name.startswith("ant-") and data.obs[:, 27:].any():
+        refusal = "the data's contact forces are not all 0, as those of D4RL's v2 data and of the environment are"
+        data.task = dataclasses.replace(task, refusal=refusal)
+    return data
 
 
 def reachable(task, seconds=3):
@@ -52,16 +78,14 @@ def download(task, seconds=30):
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # another process may be downloading it: wait for that one
+        with locked(path.with_name(path.name + ".lock")):  # another process may be downloading it: wait for that one
             if not path.exists():
-                _fetch(url, file, task.name, seconds)
+                with part.open("ab") as file:
+                    _fetch(url, file, task.name, seconds)
                 if wrong := _flaw(part):
                     part.unlink(missing_ok=True)
                     raise UserError(f"What {url} sent is no D4RL file ({wrong}); it was removed.")
                 part.replace(path)
-            else:
-                part.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"Cannot write {path} ({error.strerror}): make room, or set D4RL_DATASET_DIR.") from None
     return path
@@ -106,56 +130,8 @@ def _fetch(url, file, name, seconds):
 def _flaw(path):
     """What is wrong with a file that should be D4RL's, in a few words, or None."""
     try:
-        with h5py.File(path, locking=False) as file:  # it is locked by `download`
+        with h5py.File(path) as file:
             missing = [key for key in KEYS if key not in file]
             return f"it lacks {', '.join(missing)}" if missing else None
     except OSError as error:
         return str(error).splitlines()[0]
-
-
-def transitions(path, max_episode_steps=None, own=False):
-    """Rows (N, O + A + 1 + O + 1) float32: obs, act, rew, next_obs, done; ends (E,) after each episode's last; O; A.
-
-    As D4RL's qlearning_dataset makes them: the next observation is that of the next row, so the step on which an
-    episode timed out, whose next row begins another episode, is left out, and so is the last row of the file. `done`
-    is the file's `terminals`. Where a file has no `timeouts`, which the v0 files lack, an episode times out after
-    `max_episode_steps`, counted as D4RL counts: from 1 after a terminal.
-    A user's `own` file may hold next_observations, and then every row is kept.
-    """
-    try:
-        with h5py.File(path) as file:
-            if missing := [key for key in KEYS + ("timeouts",) * own if key not in file]:
-                raise UserError(f"{path} lacks {', '.join(missing)}: see 'bring your own data' in the README.")
-            obs, act, rew, done = (file[key][:] for key in KEYS)
-            timeouts = file["timeouts"][:].astype(bool).ravel() if "timeouts" in file else None
-            next_obs = file["next_observations"][:] if own and "next_observations" in file else None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        name = "it is a folder" if Path(path).is_dir() else str(error).splitlines()[0]
-        raise UserError(f"{path} is damaged or not an HDF5 file in D4RL's layout ({name}).") from None
-    columns = {"observations": obs, "actions": act, "rewards": rew, "terminals": done, "timeouts": timeouts}
-    lengths = {key: len(column) for key, column in columns.items() if column is not None}
-    if obs.ndim != 2 or len(set(lengths.values())) > 1 or not len(obs):
-        raise UserError(f"{path} has no transitions, or columns of different lengths: {lengths}.")
-    N, done = len(obs), done.astype(bool).ravel()
-    if timeouts is None:
-        timeouts = _count_timeouts(done, max_episode_steps)
-    if next_obs is None:
-        next_obs = np.concatenate([obs[1:], obs[-1:]])
-        keep = ~timeouts
-        keep[-1] = False
-    else:
-        keep = np.ones(N, bool)
-    rows = np.hstack(
-        [obs, act.reshape(N, -1), rew.reshape(N, 1), next_obs, done[:, None]], dtype=np.float32, casting="unsafe"
-    )
-    rows = rows[keep]
-    last = (done | timeouts)[keep] | np.append(np.diff(np.cumsum(~keep)[keep]) > 0, True)
-    return rows, np.flatnonzero(last) + 1, obs.shape[1], act[0].size
-
-
-def _count_timeouts(done, limit):
-    timeouts, count = np.zeros(len(done), bool), 0
-    for i in range(len(done)):
-        timeouts[i] = count == limit - 1
-        count = 0 if timeouts[i] else 1 if done[i] else count + 1
-    return timeouts

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from datasets.catalog import UserError
-from datasets.envs import make_envs
+from datasets.vector_env import make_envs
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ class Dataset:
         self.size = min(self.added, len(self.rows))
 
     def state_dict(self):
-        return {"rows": self.rows[: self.size], "added": self.added}
+        return {"rows": self.rows[: self.size].clone(), "added": self.added}  # torch saves all that a view is of
 
     def load_state_dict(self, state):
         self.added, self.size = state["added"], len(state["rows"])
@@ -196,6 +196,15 @@ class Dataset:
                 f"The environment of {self.task.name} returned an observation or a reward that is not finite: its "
                 "simulation has failed, or it is broken. --resume goes on from the last checkpoint."
             )
+
+    def describe(self):
+        """One line: source, size, mean return."""
+        returns = self.returns()
+        score = "" if self.task.ref_min is None else f" (normalized {self.score(returns.mean()):.1f})"
+        return (
+            f"{self.task.name}, source {self.source} (fingerprint {self.fingerprint}): {len(self):,} transitions, "
+            f"{len(returns):,} episodes, mean return {returns.mean():.4g} ± {returns.std():.4g}{score}"
+        )
 
     def score(self, returns):
         """Normalized score: 0 is a random policy, 100 an expert."""

@@ -30,6 +30,19 @@ from minari.serialization import serialize_space
 from minari.storage import get_dataset_path, remotes
 
 from datasets.catalog import TASKS, Task, UserError
+from datasets.store import READER, cache_dir, cached, make_dataset, write_hdf5
+
+
+def load(dataset_id, device="cpu"):
+    """The Dataset of a Minari id, downloaded unless it is here, by way of a flat file in the cache."""
+    made_of = f"{READER} {origin(dataset_id)}"
+    flat = cache_dir() / f"minari-{dataset_id.replace('/', '-')}.hdf5"
+
+    def build():
+        task, rows, ends, O, A, n_actions = read_minari(dataset_id)
+        write_hdf5(flat, make_dataset(task, "minari", dataset_id, rows, ends, O, A, n_actions), made_of)
+
+    return cached(flat, made_of, build, device)
 
 
 def read_minari(dataset_id):

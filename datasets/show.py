@@ -7,6 +7,7 @@ Usage: make datasets                  collects first what is missing
        python datasets/show.py
 """
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -18,10 +19,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from datasets import UserError, find_task, mazes
-from datasets.collect import COLLECTED, can_collect
-from datasets.sources import cache_dir, collected_file, read_hdf5
-from results.table import dataset_table
+from datasets.catalog import UserError, find_task
+from datasets.collect import COLLECTED, can_collect, collected_file
+from datasets.store import cache_dir, read_hdf5
+from datasets.tasks import mazes
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -42,6 +43,29 @@ def statistics(data):
         "histogram": counts.tolist(),
         "edges": [round(float(edges[0]), 3), round(float(edges[-1]), 3)],
     }
+
+
+def dataset_table(rows):
+    """One line a dataset, from the rows of statistics.json, beside what D4RL's dataset of that name holds."""
+    with Path(__file__).with_name("d4rl.csv").open() as file:
+        theirs = {row["file"]: row for row in csv.DictReader(file)}
+    lines = [
+        "| task | source | transitions | episodes | return | range | score | D4RL's return | ratio |",
+        "| --- | --- |" + " ---: |" * 7,
+    ]
+    for row in rows:
+        digits = 0 if abs(row["max"]) > 10 else 2
+        mean, std, least, most = (f"{row[key]:.{digits}f}" for key in ("mean", "std", "min", "max"))
+        score = "" if row["score"] is None else f"{row['score']:.1f}"
+        d4rl = theirs.get(row["d4rl_file"], {})
+        their_return = ratio = ""
+        if d4rl.get("return_mean"):
+            their_return = f"{float(d4rl['return_mean']):.0f} ± {float(d4rl['return_std']):.0f}"
+            ratio = f"{row['mean'] / float(d4rl['return_mean']):.2f}"
+        episodes = f"{row['episodes']:,}" + (f" ({int(d4rl['episodes']):,})" if d4rl.get("episodes") else "")
+        cells = row["task"], row["source"], f"{row['transitions']:,}", episodes, f"{mean} ± {std}"
+        lines.append("| " + " | ".join((*cells, f"{least} to {most}", score, their_return, ratio)) + " |")
+    return "\n".join(lines)
 
 
 def draw_returns(rows):
@@ -80,7 +104,7 @@ def main():
     for path in files:
         data = read_hdf5(path)
         rows.append({**statistics(data), "d4rl_file": data.task.d4rl_file})
-        if data.task.name in mazes.TASKS:
+        if data.task.name in mazes.MAPS:
             in_mazes.append(data)
     print(dataset_table(rows))
     for task in tasks:

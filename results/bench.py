@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -32,6 +33,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from datasets import UserError, write_whole
+from datasets.processes import cores
 from results.run import Run, choose_device, code_version, peak_memory
 from tests.scripts import SCRIPTS
 
@@ -54,8 +56,7 @@ def machine(device):
     """What an entry says about where and with what it was measured; device: cpu or cuda."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = f"{(names or [platform.machine()])[0]}, {cores} cores"
+    cpu = f"{(names or [platform.machine()])[0]}, {cores()} cores"
     return {
         "date": datetime.date.today().isoformat(),
         "commit": code_version(),
@@ -133,8 +134,8 @@ def measure(script, seeds, device, seconds, graph=True):
     return row if graph else {**row, "way": "no graph"}
 
 
-def measure_plain(script, agents, seconds, rate):
-    """One row, on CUDA: `agents` runs of one agent at once, each in a thread of its own with its own graph and stream.
+def measure_plain(script, agents, device, seconds, rate):
+    """One row: `agents` runs of one agent at once, each in a thread of its own, on CUDA with its own graph and stream.
 
     rate: about how many updates each makes in a second.
     """
@@ -145,18 +146,18 @@ def measure_plain(script, agents, seconds, rate):
         loop = original(run, data, **state)
         for _ in range(WARM):
             yield next(loop)
-        torch.cuda.synchronize()
+        finish(device)
         ready[run.args.seed].set()
         barrier.wait()
         for _ in range(n):
             yield next(loop)
-        torch.cuda.current_stream().synchronize()
+        finish(device)
         barrier.wait()
         loop.close()
 
     def train(seed):
         try:
-            module.train(dataclasses.replace(arguments(script, module, 1, "cuda"), seed=seed))
+            module.train(dataclasses.replace(arguments(script, module, 1, device), seed=seed))
         except BaseException as error:
             failed.append(error)
             ready[seed].set()
@@ -196,14 +197,19 @@ def tell_rows(script, seeds, seconds, device, tell):
         if device == "cuda" and not SCRIPTS[script].acts:
             tell(measure(script, number, device, seconds, graph=False))
             if number > 1:
-                tell(measure_plain(script, number, seconds, row["updates_per_s"]))
+                tell(measure_plain(script, number, device, seconds, row["updates_per_s"]))
 
 
 def run_child(pipe, log, function, *args):
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        function(*args, pipe.send)
+    with log.open("a", buffering=1) as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)  # a library's messages too
+        sys.stdout = sys.stderr = file
+        try:
+            function(*args, pipe.send)
+        except Exception:
+            traceback.print_exc()  # while the file is open
+            sys.exit(1)
 
 
 def in_child(log, limit, function, *args):

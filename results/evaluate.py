@@ -4,7 +4,6 @@ Usage: python results/evaluate.py runs/td3_bc/collected/halfcheetah-medium/seed=
        python results/evaluate.py datasets/policies/halfcheetah-0110000.npz --noise
 """
 
-import importlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,10 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from datasets import BODIES, Dataset, Task, UserError, find_task
+from datasets import BODIES, Dataset, UserError, find_task
 from datasets.collect import load_policy
-from results.run import choose_device, load_checkpoint
+from results.checkpoint import load_agent
+from results.run import choose_device
 
 
 @dataclass
@@ -28,23 +28,6 @@ class Args:
     seed: int = 0  # of the start states; a run evaluates with its own seed
     device: str = "cpu"
     noise: bool = False  # behaviour policies: sample the actions, as the data were collected, instead of the mean
-
-
-def load_agent(path, device="cpu"):
-    """A checkpoint as (what was saved, its script's module, an empty Dataset that evaluates and scores, the policy as
-    a function of normalized obs); of several agents, stacked."""
-    saved = load_checkpoint(path, device)
-    data = Dataset.buffer(Task(**saved["task"]), 0, device)
-    data.obs_mean, data.obs_std = saved["obs_mean"], saved["obs_std"]
-    script = importlib.import_module(f"algorithms.{saved['algorithm']}")
-    seeds = saved["args"].get("seeds", 1)
-    actors = [script.Actor(data.obs_dim, data.act_dim) for _ in range(seeds)]
-    actor = (script.stack(actors) if seeds > 1 else actors[0]).to(device)
-    actor.load_state_dict(saved["state"]["actor"])
-    policy = script.lift(seeds, script.policy, actor) if seeds > 1 else lambda obs: script.policy(obs, actor)
-    if hasattr(script, "Rollout"):  # a policy with a memory, for one evaluation
-        policy = script.Rollout(script.Args(**saved["args"]), data.act_dim, policy, saved["args"]["target"])
-    return saved, script, data, policy
 
 
 def evaluate(args):

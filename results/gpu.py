@@ -9,7 +9,8 @@ and records in the folders of results/runs/. The datasets are collected meanwhil
 OUT/runs, and the same command goes on with it. At home, `python results/gpu.py --take gpu.tar.gz` files all of it.
 
 Usage: python results/gpu.py --minutes 8 --out runs/gpu
-On a machine without network: results/offline_wheels.sh makes a folder of what it lacks beside PyTorch.
+A machine without network needs the packages of requirements.txt as wheels (pip download), and COMMIT in the environment
+where its copy has no history.
 """
 
 import json
@@ -28,8 +29,8 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from datasets import UserError, find_task, write_whole
-from datasets.collect import fingerprint, plan
-from datasets.sources import collected_file
+from datasets.collect import collected_file, fingerprint, plan
+from datasets.processes import cores
 from results import bench, reproduce
 from tests.scripts import SCRIPTS
 
@@ -37,10 +38,10 @@ PARTS = ("tests", "bench", "cells")
 SHARES = {"tests": 0.25, "bench": 0.65, "cells": 1.0}  # of the minutes, when a part must have ended
 MOST = 16 * 2**20  # bytes of the archive
 SEEDS, AT_ONCE = 5, 3  # agents of a cell; cells, of which one trains while another evaluates or starts
-ALGOS = ("rebrac", "cql", "edac", "sac_n", "dt", "td3_bc", "iql")
+# Cells by their multiples of --steps: those that a CPU is too slow for at all, then those that it is for long runs.
+ALGOS = {"rebrac": 1, "cql": 1, "edac": 1, "sac_n": 1, "dt": 1, "td3_bc": 10, "iql": 10}
 ENVS = [f"{body}-{data}" for data in ("medium", "medium-replay", "medium-expert") for body in reproduce.BODIES]
-
-BENCHED = ("halfcheetah-medium", "halfcheetah-medium-replay", "hopper-expert")  # what the scripts' defaults train on
+TRAINED_ON = {"mopo": "halfcheetah-medium-replay", "gail": "hopper-expert"}  # by the bench; the others: see `measure`
 
 
 @dataclass
@@ -69,7 +70,11 @@ def archive(out):
 
 def collect(args, out):
     """A process that collects beside the rest what bench and cells need, in the order in which they need it."""
-    names = [*BENCHED, *(ENVS if "cells" in args.parts and args.device != "cpu" else [])]
+    names = [
+        "halfcheetah-medium",
+        *TRAINED_ON.values(),
+        *(ENVS if "cells" in args.parts and args.device != "cpu" else []),
+    ]
     code = "import sys; from datasets import load; [load(env, 'collected') for env in sys.argv[1:]]"
     log = (out / "collect.log").open("w")
     return subprocess.Popen([sys.executable, "-c", code, *names], cwd=ROOT, stdout=log, stderr=log)
@@ -82,7 +87,7 @@ def at_hand(env):
 def test(args, out, deadline):
     words = ["-k", "cuda or graph_changes", "--tb=short", "-p", "no:cacheprovider"]
     words += ["--continue-on-collection-errors"]  # a package that CUDA does not need may be missing
-    if find_spec("xdist") and (workers := min(8, os.cpu_count() // 2)) > 1:
+    if find_spec("xdist") and (workers := min(8, cores() // 2)) > 1:
         words += ["-n", str(workers)]  # they wait for the CPU, not for the GPU
     with (out / "tests.txt").open("w") as file:
         process = subprocess.Popen([sys.executable, "-m", "pytest", *words], cwd=ROOT, stdout=file, stderr=file)
@@ -96,33 +101,32 @@ def test(args, out, deadline):
 
 
 def measure(args, out, deadline):
-    while not all(map(at_hand, BENCHED)):
-        if time.monotonic() > deadline:
-            return
-        time.sleep(0.5)
-    entries = []
+    """Every script, as soon as its data are there."""
+    waiting, entries = list(SCRIPTS), []
     print(bench.HEAD)
-    for script in SCRIPTS:
-        if (left := deadline - time.monotonic()) < 10:
-            print(f"{script:12} not measured: no time left")
+    while waiting and (left := deadline - time.monotonic()) > 5:
+        script = next((one for one in waiting if at_hand(TRAINED_ON.get(one, "halfcheetah-medium"))), None)
+        if script is None:
+            time.sleep(0.5)
             continue
+        waiting.remove(script)
         entry, _ = bench.entry_of(script, (), args.seconds, args.device, out / f"bench-{script}.log", min(left, 90.0))
         entries += [entry] if entry["rows"] else []
         write_whole(out / "bench.json", json.dumps(entries).encode())
         archive(out)
+    if waiting:
+        print(f"no time left for {', '.join(waiting)}", flush=True)
 
 
 def train(args, out, deadline):
     """Cells, AT_ONCE at a time. When time is up the rest are interrupted, and save."""
     waiting, running = [], {}
-    words = (
-        "--eval-every",
-        str(max(1, args.steps // 5)),
-    )  # at a GPU's pace every 5,000 updates would take half its time
     for env in ENVS:
-        task = find_task(env)
-        for algo in ALGOS:
-            job = reproduce.Job(algo, env, 0, SEEDS, args.steps, "collected", fingerprint(task, plan(task)), words)
+        data = fingerprint(find_task(env), plan(find_task(env)))
+        for algo, times in ALGOS.items():
+            steps = times * args.steps
+            words = ("--eval-every", str(steps // 5))  # every 5,000 updates would take half of a GPU's time
+            job = reproduce.Job(algo, env, 0, SEEDS, steps, "collected", data, words)
             records = job.records[0], replace(job, words=()).records[0]  # by whichever number of evaluations
             if not any(path.exists() or (out / path.relative_to(ROOT)).exists() for path in records):
                 waiting.append(job)

@@ -211,7 +211,7 @@ class Candidate:
 def compare(peers, script):
     """Rows (name, median agent-updates/s, median over the rounds of the ratio to each peer)."""
     from datasets import find_task, load
-    from datasets.sources import collected_file
+    from datasets.collect import collected_file
     from results.bench import append, machine
 
     task = TASKS.get(script, "halfcheetah-medium")

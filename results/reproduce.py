@@ -8,10 +8,8 @@ A run that fails does not stop the others and is named at the end.
 Usage: make reproduce ALGOS="td3_bc iql" ENVS="hopper-medium hopper-medium-replay" SEEDS="0 1 2" STEPS=100000
 """
 
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +24,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from datasets import UserError, load, write_whole
+from datasets.processes import cores
 from results.run import code_version
 from tests.scripts import SCRIPTS
 
@@ -140,21 +139,15 @@ def what_is_left(jobs, devices):
     return f"{len(jobs)} runs left on {len(devices)} devices, about {hours:.1f} hours{unknown}."
 
 
-def end_with_parent():
-    """In a new process: on Linux it is killed when this one is, so that no run is ever trained by two at once."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def start(job, root, device, log):
-    threads = {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
+    own = {"RUNS_DIR": str(job.runs), "END_WITH": str(os.getpid())}  # or a run might be trained by two at once
+    own |= {"OMP_NUM_THREADS": "1"} if device == "cpu" else {}
     return subprocess.Popen(
         job.command(root, device),
-        env=os.environ | threads | {"RUNS_DIR": str(job.runs)},
+        env=os.environ | own,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        preexec_fn=end_with_parent,
     )
 
 
@@ -227,8 +220,7 @@ def reproduce(args):
     if args.runner == "ray":
         cpus, gpus = connect_ray()
     else:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        cpus, gpus = cores, torch.cuda.device_count()
+        cpus, gpus = cores(), torch.cuda.device_count()
     devices = [f"cuda:{i}" for i in range(gpus)] or ["cpu"] * cpus
     jobs = find_jobs(args, fingerprints, together=gpus > 0)
     print(what_is_left(jobs, devices), flush=True)

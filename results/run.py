@@ -10,12 +10,12 @@ import dataclasses
 import io
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import gymnasium
@@ -25,15 +25,32 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 from datasets import UserError, write_whole
+from datasets.processes import end_with
+from results.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 # Arguments that do not tell one run from another: a resume may change them, and they are not in the folder's name.
 FREE = {"steps", "device", "resume", "record", "video", "graph"}
 NOT_OF_THE_CELL = FREE | {"env", "source", "eval_env", "seed", "seeds"}  # they have places of their own in the record
 SAVE_SECONDS = 60  # at least, between the checkpoints within a step
-# TensorBoard writes in a thread of its own; what the disk refuses it is raised again, and told, in `report`.
-threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else threading.__excepthook__(args)
+# The first steps on CUDA are no graph yet (see `graphed`), and no reason to warn of optimisers that are ready for one.
+UNGRAPHED = "This instance was constructed with capturable=True"
+warnings.filterwarnings("ignore", message=UNGRAPHED)
+
+
+def _thread_failed(args):
+    """TensorBoard writes in a thread of its own; what the disk refuses it is raised again, and told, in `report`."""
+    if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+        threading.__excepthook__(args)
+
+
+threading.excepthook = _thread_failed
 
 
 class Run:
@@ -50,6 +67,8 @@ class Run:
 
     def __init__(self, script, args, schedule=False):
         """schedule: whether something follows a schedule over --steps, which a resume may then not change."""
+        if parent := os.environ.pop("END_WITH", ""):  # the process id of a runner, which waits for this run
+            end_with(int(parent))
         self.args, self.algorithm = args, Path(script).stem
         self.free, self.defaults = FREE - {"steps"} if schedule else FREE, {}
         for field in dataclasses.fields(args):
@@ -105,7 +124,7 @@ class Run:
             self._save()
             self._finish()
             if self.args.video:
-                from results.video import record  # here, because that module imports this one
+                from results.video import record  # here, because few want it and it needs packages for drawing
 
                 record(self.checkpoint, self.folder / "video.gif")
         finally:
@@ -165,17 +184,18 @@ class Run:
     def report(self, step, returns):
         """Writes an evaluation to the bar, TensorBoard and the curve, and has the step saved next.
 
-        returns: (episodes,) or (S, episodes); None, without an environment, leaves the losses.
+        returns: (episodes,) or (S, episodes); None without an environment.
         """
         now = time.perf_counter()
         self.eval_seconds += now - self._eval_start
         scalars = {name: loss.mean().item() for name, loss in self._losses.items()}
-        point, S = {"step": step, "losses": scalars.copy()}, len(self.seeds)
+        losses = {name: loss.tolist() for name, loss in self._losses.items()}  # a number, or one for each seed
+        point, S = {"step": step, "losses": losses}, len(self.seeds)
         text = ", ".join(f"{name} {value:.3g}" for name, value in scalars.items())
         if returns is not None:
             returns = np.atleast_2d(returns)
             scores = self.data.score(returns).mean(1)  # (S,)
-            point = {"step": step, "scores": scores.round(3).tolist(), "returns": returns.round(3).tolist()}
+            point |= {"scores": scores.round(3).tolist(), "returns": returns.round(3).tolist()}
             scalars |= {"score": scores.mean(), "return": returns.mean()}
             if S > 1:
                 scalars |= {f"score_seed={seed}": score for seed, score in zip(self.seeds, scores)}
@@ -297,12 +317,7 @@ class Run:
             "memory_mb": peak_memory(self.device),
         }
         for agent, seed in enumerate(self.seeds):
-            curve = [
-                {"step": point["step"], "score": point["scores"][agent], "returns": point["returns"][agent]}
-                if "scores" in point
-                else point
-                for point in self.curve
-            ]
+            curve = [_point_of(agent, point) for point in self.curve]
             record = {
                 "algorithm": self.algorithm,
                 "env": self.data.task.name,
@@ -332,7 +347,8 @@ class Run:
             score = f"{self.data.task.score_name} {np.mean(end['scores']):.1f}{spread}"
             result = f"{score} over {len(end['returns'][0])} episodes"
         else:
-            result = "not evaluated, " + ", ".join(f"{name} {value:.3g}" for name, value in end["losses"].items())
+            losses = (f"{name} {np.mean(value):.3g}" for name, value in end["losses"].items())
+            result = f"not evaluated, {', '.join(losses)}"
         print(
             f"{self.algorithm} on {self.data.task.name} (source {self.data.source}, {self.args.steps} steps): "
             f"{result}; record, checkpoint and TensorBoard curves in {_short(self.folder)}"
@@ -342,6 +358,17 @@ class Run:
         if self._interrupted:  # the second Ctrl-C does not wait
             raise KeyboardInterrupt
         self._interrupted = True
+
+
+def _point_of(agent, point):
+    """What a point of the curve says of one of the agents: step, score, returns, losses, as far as there are."""
+    own = {"step": point["step"]}
+    if "scores" in point:
+        own |= {"score": point["scores"][agent], "returns": point["returns"][agent]}
+    if "losses" in point:  # not beside the scores of checkpoints that are older than this line
+        each = {name: value[agent] if isinstance(value, list) else value for name, value in point["losses"].items()}
+        own["losses"] = {name: float(f"{value:.6g}") for name, value in each.items()}
+    return own
 
 
 def choose_device(name):
@@ -374,20 +401,13 @@ def keep_freed_memory():
 
 
 def peak_memory(device):
-    """Megabytes that this process has held at most: of the GPU's memory on CUDA, of the machine's on a CPU."""
+    """Megabytes that this process has held at most: of the GPU's memory on CUDA, of the machine's on a CPU, where it is
+    0 on Windows, which is not asked."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) // 2**20
+    if resource is None:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def load_checkpoint(path, device="cpu"):
-    """The dictionary that `Run` saved: algorithm, args, state, obs_mean, obs_std, … Nothing is unpickled."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"There is no checkpoint {path}.") from None
-    except Exception as error:  # torch.load has no one exception for a damaged file
-        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
 
 
 @contextlib.contextmanager
@@ -399,8 +419,14 @@ def _writing(folder):
 
 
 def _short(path):
-    return os.path.relpath(path)
+    try:
+        return os.path.relpath(path)
+    except ValueError:  # on Windows, it lies on another drive
+        return str(path)
 
 
 def _git(*words):
-    return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # a machine without git
+        return ""

@@ -6,7 +6,6 @@ Reads files only, and writes the same bytes from the same files: the pictures, a
 Usage: make results
 """
 
-import csv
 import json
 import re
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from datasets.show import dataset_table
 from results.tables import agreement, curves, imitation, runs, scores, scripts, speed, studies, summary
 from results.tables.records import RESULTS, compared, grouped, read_cells, read_published
 
@@ -30,29 +30,6 @@ def comparisons(cells, published):
             section += f"\n\nSpearman's correlation of our order with the published one:\n\n{order}"
         sections.append(section)
     return "\n\n".join(sections)
-
-
-def dataset_table(rows):
-    """One line a dataset, from the rows of datasets/statistics.json, beside what D4RL's dataset of that name holds."""
-    with (ROOT / "datasets" / "d4rl.csv").open() as file:
-        theirs = {row["file"]: row for row in csv.DictReader(file)}
-    lines = [
-        "| task | source | transitions | episodes | return | range | score | D4RL's return | ratio |",
-        "| --- | --- |" + " ---: |" * 7,
-    ]
-    for row in rows:
-        digits = 0 if abs(row["max"]) > 10 else 2
-        mean, std, least, most = (f"{row[key]:.{digits}f}" for key in ("mean", "std", "min", "max"))
-        score = "" if row["score"] is None else f"{row['score']:.1f}"
-        d4rl = theirs.get(row["d4rl_file"], {})
-        their_return = ratio = ""
-        if d4rl.get("return_mean"):
-            their_return = f"{float(d4rl['return_mean']):.0f} ± {float(d4rl['return_std']):.0f}"
-            ratio = f"{row['mean'] / float(d4rl['return_mean']):.2f}"
-        episodes = f"{row['episodes']:,}" + (f" ({int(d4rl['episodes']):,})" if d4rl.get("episodes") else "")
-        cells = row["task"], row["source"], f"{row['transitions']:,}", episodes, f"{mean} ± {std}"
-        lines.append("| " + " | ".join((*cells, f"{least} to {most}", score, their_return, ratio)) + " |")
-    return "\n".join(lines)
 
 
 def fill(text, name, content):

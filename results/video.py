@@ -22,7 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import UserError
-from results.evaluate import load_agent
+from results.checkpoint import load_agent
 
 FPS = 20
 
@@ -38,7 +38,8 @@ class Args:
 
 def render(checkpoint, seconds=8.0, width=240, seed=0):
     """Frames (height, width, 3) of one episode, FPS to a second of the simulation; the first of several agents."""
-    os.environ.setdefault("MUJOCO_GL", "egl" if torch.cuda.is_available() else "osmesa")
+    if sys.platform == "linux":  # the others draw off screen by themselves
+        os.environ.setdefault("MUJOCO_GL", "egl" if torch.cuda.is_available() else "osmesa")
     saved, script, data, policy = load_agent(checkpoint)
     agents = (saved["args"]["seeds"], 1) if saved["args"].get("seeds", 1) > 1 else (1,)
     args = data.task.env_args | {"render_mode": "rgb_array", "width": width, "height": width * 3 // 4}
@@ -73,11 +74,9 @@ def record(checkpoint, out, **options):
                 first.save(out, save_all=True, append_images=rest, duration=1000 / FPS, loop=0)
             else:
                 imageio.mimsave(out, frames, fps=FPS)
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # each of the OpenGL platforms fails in its own ways
-        if isinstance(error, (KeyboardInterrupt, MemoryError)):
-            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"Cannot draw {out} ({reason}): apt-get install libosmesa6, and MUJOCO_GL=osmesa.") from None
     print(f"{out}: {len(frames) / FPS:.0f} seconds, {out.stat().st_size / 1000:.0f} kB")

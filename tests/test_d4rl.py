@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import start
 
-from datasets import UserError, collect, d4rl, find_task, load, sources
+from datasets import UserError, collect, d4rl, find_task, load, store
 from datasets.collect import plan
 from datasets.d4rl import transitions
 
@@ -145,7 +145,7 @@ def test_bad_files(d4rl_folder, tmp_path):
     place.mkdir()
     with pytest.raises(UserError, match="it is a folder"):
         load("hopper-medium", "d4rl")
-    assert not list(sources.cache_dir().iterdir())
+    assert not list(store.cache_dir().iterdir())
 
 
 def test_own_file(tmp_path, capsys):

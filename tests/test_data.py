@@ -1,3 +1,5 @@
+import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -14,9 +16,9 @@ import torch
 import tyro
 from conftest import ROOT, Here, children, fails, start, wait_for_the_end
 
-from datasets import BODIES, Dataset, UserError, collect, find_task, load, show, sources
+from datasets import BODIES, Dataset, Task, UserError, collect, find_task, load, show
 from datasets.collect import assemble, fingerprint, load_policy, plan, rollout, spread
-from datasets.sources import read_hdf5, write_hdf5
+from datasets.store import read_hdf5, write_hdf5
 
 HOPPER = find_task("hopper-medium")
 O, A = 11, 3  # Hopper's
@@ -104,7 +106,7 @@ def test_the_same_bytes_twice(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(collect, "ProcessPoolExecutor", Here)
         collect.collect(task, tmp_path / "here.hdf5", 5000)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(collect, "cores", lambda: 2)
     collect.collect(task, tmp_path / "two.hdf5", 5000)
     assert (tmp_path / "here.hdf5").read_bytes() == (tmp_path / "two.hdf5").read_bytes()
 
@@ -135,6 +137,23 @@ def toy():
     rows[:, O + A] = torch.tensor([1.0, 1, 1, 10, 2, 2])
     rows[:, -1] = torch.tensor([0.0, 0, 1, 0, 0, 1])
     return Dataset(HOPPER, "toy", "", rows, [3, 4, 6], O, A)
+
+
+def test_fingerprints_are_those_of_the_published_data():
+    """Records and statistics.json carry them: whoever moves a module or renames a task must leave them as they are."""
+    rows = json.loads((ROOT / "datasets" / "statistics.json").read_text())
+    rows = [row for row in rows if row["source"] == "collected"]
+    assert {row["task"]: fingerprint(find_task(row["task"]), plan(find_task(row["task"]))) for row in rows} == {
+        row["task"]: row["fingerprint"] for row in rows
+    }
+
+
+@pytest.mark.parametrize("module, name", [("mazes", "stitch-gap"), ("d4rl_envs", "antmaze-umaze")])
+def test_older_files_name_modules_elsewhere(module, name):
+    task = find_task(name)
+    saved = dataclasses.asdict(task) | {"env_id": task.env_id.replace("datasets.tasks.", "datasets.")}
+    assert saved["env_id"].startswith(f"datasets.{module}:") and Task(**saved) == task
+    task.make_env()
 
 
 def test_columns_and_returns():
@@ -184,6 +203,13 @@ def test_buffer_replaces_the_oldest():
     assert torch.equal(other.rows, data.rows) and (other.added, other.size) == (5, 3)
 
 
+def test_buffer_is_saved_without_its_empty_rows():
+    data, file = Dataset.buffer(HOPPER, 100_000), io.BytesIO()
+    data.add(np.zeros(O), np.zeros(A), 0, np.zeros(O), False)
+    torch.save(data.state_dict(), file)
+    assert file.tell() < 10_000
+
+
 def test_evaluate_is_the_plain_loop():
     """Against one environment after the other; hoppers fall at different times, and none may disturb the rest."""
     data = Dataset.buffer(HOPPER, 0)
@@ -223,7 +249,7 @@ def test_cache(here, monkeypatch, capsys):
     monkeypatch.setattr(collect, "plan", lambda task, n=0: plan(task, n or 3000))
     task = find_task("halfcheetah-medium")
     first = load("halfcheetah-medium-v2", "collected")
-    path = sources.collected_file(task)
+    path = collect.collected_file(task)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     again = load("halfcheetah-medium")
@@ -345,7 +371,7 @@ def test_two_build_the_same_cache(here, monkeypatch):
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    path = sources.collected_file(find_task("stitch-gap"))
+    path = collect.collected_file(find_task("stitch-gap"))
     assert list(path.parent.iterdir()) == [path] and len(load("stitch-gap")) == 3000
 
 

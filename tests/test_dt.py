@@ -7,8 +7,8 @@ from test_scripts import arguments
 
 from algorithms import dt
 from datasets import Dataset, find_task
+from results.checkpoint import load_checkpoint
 from results.evaluate import load_agent
-from results.run import load_checkpoint
 
 B, K, O, A = 5, 4, 17, 6
 

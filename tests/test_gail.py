@@ -12,7 +12,7 @@ from test_scripts import assert_equal, stopped, trained
 
 from algorithms import gail
 from datasets import Dataset, UserError, find_task
-from datasets.envs import Envs, Workers
+from datasets.vector_env import Envs, Workers
 
 B, O, A = 6, 4, 2
 

@@ -7,8 +7,10 @@ import matplotlib.figure
 import numpy as np
 import pytest
 
-from datasets.mazes import MAPS, SIZES, TASKS, G, M, S, cell_of, center, control, draw, find_cells, find_ways, rollout
+from datasets import find_task
+from datasets.tasks.mazes import MAPS, SIZES, G, M, S, cell_of, center, control, draw, find_cells, find_ways, rollout
 
+TASKS = {name: find_task(name) for name in MAPS}
 LIMITS = dict(zip(TASKS, (300, 600, 800, 400, 400)))
 TRANSITIONS = 6000
 every = pytest.mark.parametrize("name", TASKS)

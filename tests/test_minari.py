@@ -265,7 +265,7 @@ def test_export_of_what_was_read(dataset_id):
 
 
 def test_load():
-    """Through the flat cache of datasets/sources.py, which is made again when the dataset has changed."""
+    """Through the flat cache of datasets/store.py, which is made again when the dataset has changed."""
     export_minari(collected(), "ours/hopper/medium-v0")
     first, before = load("ours/hopper/medium-v0"), origin("ours/hopper/medium-v0")
     assert torch.equal(load("ours/hopper/medium-v0").rows, first.rows)

@@ -12,7 +12,7 @@ import tyro
 from conftest import ROOT, children, wait_for_the_end, wait_until
 
 from algorithms import bc
-from datasets import UserError, collect, find_task, sources
+from datasets import UserError, collect, find_task
 from results import reproduce, run
 from results.reproduce import Args, Job, find_jobs
 from tests.scripts import SCRIPTS
@@ -25,7 +25,7 @@ TIMES = ("seconds", "eval_seconds", "memory_mb")
 def project(tmp_path, here):
     """A copy of the project without records, and a small stitch-gap in the cache."""
     task = find_task("stitch-gap")
-    collect.collect(task, sources.collected_file(task), 3000)
+    collect.collect(task, collect.collected_file(task), 3000)
     root = tmp_path / "project"
     root.mkdir()
     for folder in ("algorithms", "datasets", "results"):
@@ -155,7 +155,7 @@ def test_find_jobs(tmp_path, monkeypatch):
 def test_places_are_those_of_the_scripts(here, tmp_path, monkeypatch):
     """The runner looks for records and checkpoints where the scripts put them."""
     task = find_task("stitch-gap")
-    collect.collect(task, sources.collected_file(task), 3000)
+    collect.collect(task, collect.collected_file(task), 3000)
     job = Job("10bc", "stitch-gap", 1, 2, 20, "collected", "x")
     _, script, *words = job.command(ROOT, "cpu")
     assert script == str(ROOT / "algorithms" / "bc.py")

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, start
 
-from datasets import UserError
 from results import bench, run, table
 from results.tables import agreement, curves, imitation, records, runs, scores, speed, summary
 from results.tables.records import compared, read_cells, read_published
@@ -266,7 +265,9 @@ def test_speed_tables(tmp_path, monkeypatch):
     row |= {"memory_mb": 100, "evaluation_s": 0.5, "evaluation_share": 0.1}
     monkeypatch.setattr(bench, "FILE", tmp_path / "bench.json")
     bench.FILE.write_text("[]")
-    bench.append({"kind": "scripts", "device": "H200", "commit": "gpu", "rows": [], "graph_difference": {"bc": 0.0}})
+    lifted, plain = row | {"seeds": 16}, {"script": "bc", "seeds": 16, "way": "one thread each"}
+    rows = [plain | {"updates_per_s": 2.0, "agent_updates_per_s": 32.0}, lifted]
+    bench.append({"kind": "scripts", "device": "H200", "commit": "gpu", "rows": rows})
     bench.append({"kind": "scripts", "device": "cpu", "commit": "old", "rows": [row]})
     bench.append({"kind": "scripts", "device": "cpu", "commit": "new", "rows": [row | {"updates_per_s": 1234.5}]})
     ratios = [{"name": "ours", "seeds": 4, "agent_updates_per_s": 250, "peer": 2.5}]
@@ -274,40 +275,11 @@ def test_speed_tables(tmp_path, monkeypatch):
     bench.append({"kind": "peers", "device": "cpu", "commit": "new", "rows": ratios})
     entries = json.loads(bench.FILE.read_text())
     scripts, peers = speed.scripts(entries), speed.peers(entries)
-    assert "| H200 | bc, graph or not: parameters differ by 0.0e+00 |" in scripts and "| old |" not in scripts
+    ways = [line for line in scripts.splitlines() if "| H200 |" in line]
+    assert ways[1] == "| H200 | bc | 16, one thread each | 2 | 32 |  |  |  | gpu |" and len(ways) == 2
+    assert ways[0].startswith("| H200 | bc | 16 | 5 | 5 |") and "| old |" not in scripts
     assert "| cpu | bc | 1 | 1,234 | 5 | 100 | 0.5 | 10% | new |" in scripts
     assert "| ours, 4 seeds | 250 | 2.50 |" in peers and "| peer | 100 | 1.00 |" in peers
-
-
-def test_bench_row(monkeypatch):
-    """Updates per second leave the two evaluations out; their share is that of the default of one in 5,000 updates."""
-    asked = []
-    record = {"seconds": 12.0, "eval_seconds": 2.0, "memory_mb": 100}
-    monkeypatch.setattr(bench, "train", lambda script, runs, *words: (asked.append(words), (record, None))[1])
-    row = bench.measure("td3_bc", 4, "cpu")
-    assert (row["updates"], row["updates_per_s"], row["agent_updates_per_s"]) == (500, 50.0, 200.0)
-    assert row["evaluation_s"] == 1.0 and row["evaluation_share"] == pytest.approx(1 / 101, abs=1e-3)
-    assert asked[0][asked[0].index("--seeds") + 1] == 4
-
-
-def test_bench_of_mopo(monkeypatch):
-    """A run of one update, with the model and the first rollout, is subtracted. The other is no resume of it, which
-    mopo.py refuses where --steps differ."""
-    asked, records = [], [{"seconds": 8.0, "eval_seconds": 1.0}, {"seconds": 29.0, "eval_seconds": 2.0}]
-
-    def train(script, runs, *words):
-        asked.append(words)
-        return records[len(asked) - 1] | {"memory_mb": 100}, None
-
-    monkeypatch.setattr(bench, "train", train)
-    assert bench.measure("mopo", 1, "cpu")["updates_per_s"] == 50.0
-    assert asked[0] == (*asked[1], "--steps", 1) and "--resume" not in asked[1]
-
-
-def test_bench_covers_every_script():
-    assert set(bench.UPDATES) == set(bench.CUDA_FACTOR) == {path.stem for path in (ROOT / "algorithms").glob("*.py")}
-    with pytest.raises(UserError, match="bc.py failed, and nothing was recorded: error: Unknown --env"):
-        bench.train("bc", "/nonexistent", "--env", "halfcheeta")
 
 
 def test_code_version(tmp_path, monkeypatch):

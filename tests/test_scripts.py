@@ -23,7 +23,8 @@ from algorithms import bc, cql, edac, gail, iql, mopo, rebrac, sac, td3_bc
 from datasets import TASKS, UserError, collect, find_task
 from datasets.minari_io import export_minari
 from results import evaluate
-from results.run import Run, choose_device, load_checkpoint
+from results.checkpoint import load_checkpoint
+from results.run import Run, choose_device
 from tests.scripts import SCRIPTS
 
 FOUND = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))

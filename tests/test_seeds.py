@@ -14,7 +14,7 @@ from conftest import ROOT, children, start, wait_for_the_end, wait_until
 from test_scripts import FROM_DATA, MODULES, SEEDED, arguments, assert_equal, checkpoint_of, trained
 
 from algorithms import bc, td3_bc
-from datasets import Batch, Dataset, UserError, envs, find_task
+from datasets import Batch, Dataset, UserError, find_task, vector_env
 from results.run import Run
 
 
@@ -129,6 +129,8 @@ def test_one_record_for_each_seed(small, tmp_path, monkeypatch):
     assert five["args"] == six["args"] == seven["args"]
     assert [point["step"] for point in six["curve"]] == [10, 20] and five["returns"] != six["returns"]
     assert six["score"] == six["curve"][-1]["score"] and six["returns"] == six["curve"][-1]["returns"]
+    losses = [[point["losses"]["actor_loss"] for point in record["curve"]] for record in (five, six, seven)]
+    assert losses[0] != losses[1] and all(last < first for first, last in losses)  # each seed's own
 
 
 def test_not_finite_names_the_agent(small, monkeypatch):
@@ -162,23 +164,23 @@ def test_workers_change_no_return(workers, monkeypatch):
 
     alone = returns()
     assert len(np.unique(alone)) == alone.size == 8
-    monkeypatch.setattr("datasets.dataset.make_envs", lambda task, n: envs.Workers(task, n, workers))
+    monkeypatch.setattr("datasets.dataset.make_envs", lambda task, n: vector_env.Workers(task, n, workers))
     np.testing.assert_array_equal(returns(), alone)
 
 
 def test_number_of_workers(monkeypatch):
     made = []
-    monkeypatch.setattr(envs, "Workers", lambda task, n, workers: made.append((n, workers)))
+    monkeypatch.setattr(vector_env, "Workers", lambda task, n, workers: made.append((n, workers)))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
     task = find_task("hopper-medium")
-    assert len(envs.make_envs(task, 10).envs) == 10 and not made
+    assert len(vector_env.make_envs(task, 10).envs) == 10 and not made
     for n in (20, 400):
-        envs.make_envs(task, n)
+        vector_env.make_envs(task, n)
     assert made == [(20, 2), (400, 4)]
 
 
 def test_dead_worker():
-    workers = envs.Workers(find_task("hopper-medium"), 4, 2)
+    workers = vector_env.Workers(find_task("hopper-medium"), 4, 2)
     workers.reset(np.arange(4))
     for pid in children(os.getpid()):
         os.kill(pid, 9)
@@ -189,9 +191,9 @@ def test_dead_worker():
 def test_workers_end_with_their_environments():
     """Also where others were forked after them, which live on."""
     before, task = set(children(os.getpid())), find_task("hopper-medium")
-    first = envs.Workers(task, 4, 2)
+    first = vector_env.Workers(task, 4, 2)
     gone = set(children(os.getpid())) - before
-    second = envs.Workers(task, 4, 2)
+    second = vector_env.Workers(task, 4, 2)
     assert len(gone) == 2
     del first
     deadline = time.time() + 10

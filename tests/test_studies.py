@@ -9,7 +9,7 @@ import tyro
 
 from algorithms import cql, mopo, td3_bc
 from datasets import Dataset, UserError, find_task
-from results.run import load_checkpoint
+from results.checkpoint import load_checkpoint
 from results.studies import (
     common,
     cql_alpha,

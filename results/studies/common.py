@@ -15,8 +15,8 @@ import torch
 
 from datasets import UserError, write_whole
 from datasets.dataset import one_thread
-from datasets.envs import make_envs
-from results.evaluate import load_agent
+from datasets.vector_env import make_envs
+from results.checkpoint import load_agent
 from results.run import ROOT, code_version
 
 STUDIES = ROOT / "results" / "studies"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from datasets import load
-from results.evaluate import load_agent
+from results.checkpoint import load_agent
 from results.studies.common import keep, kept, once, save_figure, train
 
 STUDY, EPISODES, COUNTS = "demonstrations", 20, (1, 4, 11)

@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from algorithms import mopo
 from datasets import load
-from results.run import load_checkpoint
+from results.checkpoint import load_checkpoint
 from results.studies.common import keep, kept, once, save_figure, train
 
 STUDY = "model_error"

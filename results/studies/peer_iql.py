@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from datasets import UserError, find_task, load
-from datasets.sources import collected_file
+from datasets.collect import collected_file
 from results.run import ROOT
 from results.studies.common import keep, kept, once, runs_of, save_figure
 

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from datasets import load
-from results.evaluate import load_agent
+from results.checkpoint import load_agent
 from results.studies.common import keep, kept, once, save_figure, train
 
 STUDY, EPISODES = "return_conditioning", 10

@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from datasets import find_task, mazes
-from results.evaluate import load_agent
+from datasets import find_task
+from datasets.tasks import mazes
+from results.checkpoint import load_agent
 from results.studies.common import keep, kept, once, rollout, save_figure, train
 
 STUDY, TASKS, STEPS, EPISODES, DRAWN = "stitching", ("stitch-meet", "stitch-gap"), 20_000, 50, 10
@@ -69,7 +70,7 @@ def draw():
     for row, task in zip(axes, TASKS):
         for axis, name in zip(row, METHODS):
             paths = np.array(tasks[task][name]["paths"])  # (DRAWN, 40, 2)
-            mazes.draw(find_task(task, mazes.TASKS), paths.reshape(-1, 2), 40 * np.arange(1, DRAWN + 1), axis)
+            mazes.draw(find_task(task), paths.reshape(-1, 2), 40 * np.arange(1, DRAWN + 1), axis)
             axis.set_title(f"{name}, {task.split('-')[1]}: {tasks[task][name]['success']:.0%}", fontsize=9)
     save_figure(figure, STUDY)
 

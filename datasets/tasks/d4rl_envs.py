@@ -14,7 +14,7 @@ from gymnasium.envs.mujoco.ant_v4 import AntEnv
 from gymnasium.utils import RecordConstructorArgs
 from gymnasium_robotics.envs.maze.point import PointEnv
 
-from datasets.mazes import MAPS
+from datasets.tasks.mazes import MAPS
 
 WALLS = {name.removeprefix("pointmaze-"): rows for name, rows in MAPS.items()} | {
     "open": ("#######", *["#rrrrr#"] * 3, "#######")
@@ -115,10 +115,10 @@ def changed(model, changes, boxes):
         if old not in xml:
             raise RuntimeError(f"{model} has no {old}: another version of it than requirements.txt pins?")
         xml = xml.replace(old, new)
-    with tempfile.NamedTemporaryFile("w", suffix=".xml") as file:
-        file.write(xml)
-        file.flush()
-        yield file.name
+    with tempfile.TemporaryDirectory() as folder:  # not a temporary file: Windows does not open one twice
+        file = Path(folder, model.name)
+        file.write_text(xml)
+        yield str(file)
 
 
 def make_antmaze(**env_args):  # gymnasium.register takes a function or an environment, not a wrapper

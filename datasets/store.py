@@ -1,4 +1,4 @@
-"""Where transitions come from, and the flat files in which they are kept: HDF5 in D4RL's layout.
+"""The flat files in which transitions are kept: HDF5 in D4RL's layout.
 
 One array a key: observations (N, O), actions (N, A), rewards, terminals, timeouts (N,), next_observations (N, O).
 Files written here hold their task, source and fingerprint in attributes.
@@ -10,64 +10,19 @@ import hashlib
 import io
 import json
 import os
-import re
 from pathlib import Path
 
 import h5py
 import numpy as np
 import torch
 
-from datasets import d4rl
-from datasets.catalog import Task, UserError, find_task
+from datasets.catalog import Task, UserError
 from datasets.dataset import Dataset
+from datasets.processes import alive
 
-SOURCES = ("auto", "d4rl", "minari", "collected")
 READER = 1  # to be raised when another Dataset is made of the same D4RL or Minari files
+KEYS = ("observations", "actions", "rewards", "terminals")  # of every file in D4RL's layout
 CHUNK = 50_000  # rows read at a time, which bounds the memory used beside the tensors
-
-
-def load(env, source="auto", device="cpu", eval_env="", discrete=False):
-    """The Dataset called `env` on `device`, said aloud in a line: source, size, mean return.
-
-    env: a task's name ("halfcheetah-medium"), a Minari id ("mujoco/hopper/medium-v0"), or an HDF5 file in D4RL's
-    layout, which is evaluated in the Gymnasium environment `eval_env`.
-    source: "d4rl", the published file, downloaded if need be; "collected", collected here if need be, in minutes;
-    "auto", the former if it is there or its server answers within seconds, else the latter. Minari ids: "minari".
-    discrete: whether the caller can do with discrete actions.
-    Raises UserError, in one sentence, for an unknown name or source, unusable data, an unusable cache.
-    """
-    if source not in SOURCES:
-        raise UserError(f"Unknown --source '{source}'; known are {', '.join(SOURCES)}.")
-    is_file = env.endswith((".hdf5", ".h5"))
-    if eval_env and not is_file:
-        raise UserError(f"--eval-env goes with an HDF5 file; {env} brings its own environment.")
-    if is_file:
-        data = read_hdf5(Path(env), device, eval_env)
-    elif source == "minari" or re.fullmatch(r"[\w.-]+/.+-v\d+", env):
-        if source not in ("auto", "minari"):
-            raise UserError(f"{env} is a Minari id: --source must be auto or minari, not {source}.")
-        data = _load_minari(env, device)
-    else:
-        task = find_task(env)
-        data = {"auto": _load_auto, "d4rl": _load_d4rl, "collected": _load_collected}[source](task, device)
-    if data.n_actions and not discrete:
-        raise UserError(f"{env} has {data.n_actions} discrete actions; this algorithm is for continuous ones.")
-    print(describe(data))
-    if not data.task.evaluable:
-        print(f"Policies are not evaluated: {data.task.refusal or 'no environment given, see --eval-env'}.")
-    elif data.task.ref_min is None:
-        print(f"{data.task.name} has no reference scores: every score below is the raw return.")
-    return data
-
-
-def describe(data):
-    """One line: source, size, mean return."""
-    returns = data.returns()
-    score = "" if data.task.ref_min is None else f" (normalized {data.score(returns.mean()):.1f})"
-    return (
-        f"{data.task.name}, source {data.source} (fingerprint {data.fingerprint}): {len(data):,} transitions, "
-        f"{len(returns):,} episodes, mean return {returns.mean():.4g} ± {returns.std():.4g}{score}"
-    )
 
 
 def cache_dir():
@@ -81,77 +36,7 @@ def cache_dir():
     return folder
 
 
-def collected_file(task):
-    """Where the collected dataset of `task` lies or will lie; another fingerprint is another file."""
-    from datasets.collect import fingerprint, plan  # here, because that module imports this one
-
-    return cache_dir() / f"{task.name}-{fingerprint(task, plan(task))}.hdf5"
-
-
-def _load_auto(task, device):
-    from datasets.collect import can_collect
-
-    if not task.d4rl_file:
-        return _load_collected(task, device)
-    if d4rl.local_file(task).exists() or d4rl.reachable(task):
-        return _load_d4rl(task, device)
-    if not can_collect(task):
-        raise UserError(
-            f"{task.name} exists only as D4RL's file, which is not at {d4rl.local_file(task)}, "
-            f"and {d4rl.address(task)} cannot be reached."
-        )
-    print(f"D4RL's file of {task.name} is not here and its server cannot be reached: using collected data.")
-    return _load_collected(task, device)
-
-
-def _load_collected(task, device):
-    from datasets.collect import collect
-
-    path = collected_file(task)
-    data = _cached(path, "", lambda: collect(task, path), device)
-    data.task = task
-    return data
-
-
-def _load_d4rl(task, device):
-    if not task.d4rl_file:
-        raise UserError(f"D4RL has no data called {task.name}; use --source collected.")
-    path = d4rl.local_file(task)
-    if not path.exists():
-        d4rl.download(task)
-    status = path.stat()
-    flat = cache_dir() / f"d4rl-{task.name}.hdf5"
-
-    def build():
-        rows, ends, O, A = d4rl.transitions(path, task.max_episode_steps)
-        if (task.obs_dim, task.act_dim) != (O, A):
-            wanted = f"{task.obs_dim} and {task.act_dim}"
-            raise UserError(f"{path} has {O} observations and {A} actions, {task.name} {wanted}: another task's file?")
-        write_hdf5(flat, _dataset(task, "d4rl", path, rows, ends, O, A), origin)
-
-    origin = f"{READER} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    data = _cached(flat, origin, build, device)
-    data.task = task
-    if task.name.startswith("ant-") and data.obs[:, 27:].any():
-        refusal = "the data's contact forces are not all 0, as those of D4RL's v2 data and of the environment are"
-        data.task = dataclasses.replace(task, refusal=refusal)
-    return data
-
-
-def _load_minari(dataset_id, device):
-    from datasets import minari_io  # Minari takes a second to import
-
-    origin = f"{READER} {minari_io.origin(dataset_id)}"
-    flat = cache_dir() / f"minari-{dataset_id.replace('/', '-')}.hdf5"
-
-    def build():
-        task, rows, ends, O, A, n_actions = minari_io.read_minari(dataset_id)
-        write_hdf5(flat, _dataset(task, "minari", dataset_id, rows, ends, O, A, n_actions), origin)
-
-    return _cached(flat, origin, build, device)
-
-
-def _cached(path, origin, build, device):
+def cached(path, origin, build, device):
     """The Dataset in the flat file `path`; `build` writes it if it is not there, is damaged or has another origin."""
     if path.exists():
         try:
@@ -165,7 +50,7 @@ def _cached(path, origin, build, device):
     return read_hdf5(path, device)
 
 
-def _dataset(task, source, where, rows, ends, O, A, n_actions=0, device="cpu"):
+def make_dataset(task, source, where, rows, ends, O, A, n_actions=0, device="cpu"):
     """A Dataset of rows read from `where`, checked; its fingerprint is that of the rows."""
     if not (finite := np.isfinite(rows).all(1)).all():
         raise UserError(
@@ -226,21 +111,69 @@ def read_hdf5(path, device="cpu", eval_env=""):
 
 
 def _own_file(path, device, eval_env):
-    rows, ends, O, A = d4rl.transitions(path, own=True)
+    rows, ends, O, A = transitions(path, own=True)
     task = Task(Path(path).stem, eval_env, max_episode_steps=None, obs_dim=O, act_dim=A)
     if eval_env:
         env = task.make_env()
         sizes = env.observation_space.shape, env.action_space.shape
         if sizes != ((O,), (A,)):
             raise UserError(f"{path} has {O} observations and {A} actions, --eval-env {eval_env} {sizes}.")
-    return _dataset(task, "file", path, rows, ends, O, A, device=device)
+    return make_dataset(task, "file", path, rows, ends, O, A, device=device)
+
+
+def transitions(path, max_episode_steps=None, own=False):
+    """Rows (N, O + A + 1 + O + 1) float32: obs, act, rew, next_obs, done; ends (E,) after each episode's last; O; A.
+
+    As D4RL's qlearning_dataset makes them: the next observation is that of the next row, so the step on which an
+    episode timed out, whose next row begins another episode, is left out, and so is the last row of the file. `done`
+    is the file's `terminals`. Where a file has no `timeouts`, which the v0 files lack, an episode times out after
+    `max_episode_steps`, counted as D4RL counts: from 1 after a terminal.
+    A user's `own` file may hold next_observations, and then every row is kept.
+    """
+    try:
+        with h5py.File(path) as file:
+            if missing := [key for key in KEYS + ("timeouts",) * own if key not in file]:
+                raise UserError(f"{path} lacks {', '.join(missing)}: see 'bring your own data' in the README.")
+            obs, act, rew, done = (file[key][:] for key in KEYS)
+            timeouts = file["timeouts"][:].astype(bool).ravel() if "timeouts" in file else None
+            next_obs = file["next_observations"][:] if own and "next_observations" in file else None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        name = "it is a folder" if Path(path).is_dir() else str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged or not an HDF5 file in D4RL's layout ({name}).") from None
+    columns = {"observations": obs, "actions": act, "rewards": rew, "terminals": done, "timeouts": timeouts}
+    lengths = {key: len(column) for key, column in columns.items() if column is not None}
+    if obs.ndim != 2 or len(set(lengths.values())) > 1 or not len(obs):
+        raise UserError(f"{path} has no transitions, or columns of different lengths: {lengths}.")
+    N, done = len(obs), done.astype(bool).ravel()
+    if timeouts is None:
+        timeouts = _count_timeouts(done, max_episode_steps)
+    if next_obs is None:
+        next_obs = np.concatenate([obs[1:], obs[-1:]])
+        keep = ~timeouts
+        keep[-1] = False
+    else:
+        keep = np.ones(N, bool)
+    rows = np.hstack(
+        [obs, act.reshape(N, -1), rew.reshape(N, 1), next_obs, done[:, None]], dtype=np.float32, casting="unsafe"
+    )
+    rows = rows[keep]
+    last = (done | timeouts)[keep] | np.append(np.diff(np.cumsum(~keep)[keep]) > 0, True)
+    return rows, np.flatnonzero(last) + 1, obs.shape[1], act[0].size
+
+
+def _count_timeouts(done, limit):
+    timeouts, count = np.zeros(len(done), bool), 0
+    for i in range(len(done)):
+        timeouts[i] = count == limit - 1
+        count = 0 if timeouts[i] else 1 if done[i] else count + 1
+    return timeouts
 
 
 def write_whole(path, content):
     """Writes the bytes `content` to a temporary file and moves it to `path`; on a failure what was at `path` stays."""
     for left in path.parent.glob(f".{path.name}.*"):  # by a process that was killed
         with contextlib.suppress(OSError, ValueError):
-            if not _alive(int(left.suffix[1:])):
+            if not alive(int(left.suffix[1:])):
                 left.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -251,13 +184,3 @@ def write_whole(path, content):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def _alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -1,5 +1,6 @@
 """Environments side by side, in worker processes where there are cores for them."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import numpy as np
 
 from datasets.catalog import UserError
+from datasets.processes import cores, end_with
 
 PER_WORKER = 10  # environments; with fewer, talking to a worker costs more than it saves
 
@@ -76,19 +78,16 @@ class Workers:
 
 def serve(pipe, task, n, parent):
     """A worker: answers until the parent closes its end or is no more."""
+    end_with(parent)  # which closes nothing when it is killed: the other workers hold copies of the pipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     envs = Envs(task, n)
-    while os.getppid() == parent:
-        try:
-            if pipe.poll(1):  # after kill -9 no end of file comes: the other workers hold copies of the pipe
-                method, values = pipe.recv()
-                pipe.send(getattr(envs, method)(values))
-        except (EOFError, OSError):
-            return
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            method, values = pipe.recv()
+            pipe.send(getattr(envs, method)(values))
 
 
 def make_envs(task, n):
     """Envs, or Workers where there are cores for them."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cores, n // PER_WORKER)
+    workers = min(cores(), n // PER_WORKER)
     return Workers(task, n, workers) if workers > 1 else Envs(task, n)

@@ -24,8 +24,6 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 
-from datasets.catalog import Task
-
 NOISE = 0.5  # standard deviation of the noise on actions, which are in [-1, 1]
 NEAR = 0.2  # of a cell: so close to its target the ball has arrived
 STAY = 50  # steps from arriving to the time-out of stitch's first half
@@ -81,18 +79,6 @@ gymnasium.register(
     entry_point="gymnasium_robotics.envs.maze.point_maze:PointMazeEnv",
     additional_wrappers=(FixedGoal.wrapper_spec(),),
 )
-
-
-def make_task(name):
-    cells = [[1 if cell == "#" else 0 if cell == " " else cell for cell in row] for row in MAPS[name]]
-    env_args = {"maze_map": cells, "continuing_task": False}
-    # The module's name is for a process that gets a task without having imported this module.
-    env_id = "datasets.mazes:PointMazeFixedGoal-v3"
-    spaces = {"obs_keys": ("observation",), "obs_dim": 4, "act_dim": 2}
-    return Task(name, env_id, 0.0, 1.0, LIMITS[name], env_args, rew_shift=-1.0, **spaces)  # as in AntMaze
-
-
-TASKS = {name: make_task(name) for name in MAPS}
 
 
 def center(maze_map, cell):

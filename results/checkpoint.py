@@ -1,0 +1,34 @@
+"""Reads a checkpoint that `Run` saved: as it is, or as the agent that acts."""
+
+import importlib
+
+import torch
+
+from datasets import Dataset, Task, UserError
+
+
+def load_checkpoint(path, device="cpu"):
+    """The dictionary that `Run` saved: algorithm, args, state, obs_mean, obs_std, … Nothing is unpickled."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"There is no checkpoint {path}.") from None
+    except Exception as error:  # torch.load has no one exception for a damaged file
+        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
+
+
+def load_agent(path, device="cpu"):
+    """A checkpoint as (what was saved, its script's module, an empty Dataset that evaluates and scores, the policy as
+    a function of normalized obs); of several agents, stacked."""
+    saved = load_checkpoint(path, device)
+    data = Dataset.buffer(Task(**saved["task"]), 0, device)
+    data.obs_mean, data.obs_std = saved["obs_mean"], saved["obs_std"]
+    script = importlib.import_module(f"algorithms.{saved['algorithm']}")
+    seeds = saved["args"].get("seeds", 1)
+    actors = [script.Actor(data.obs_dim, data.act_dim) for _ in range(seeds)]
+    actor = (script.stack(actors) if seeds > 1 else actors[0]).to(device)
+    actor.load_state_dict(saved["state"]["actor"])
+    policy = script.lift(seeds, script.policy, actor) if seeds > 1 else lambda obs: script.policy(obs, actor)
+    if hasattr(script, "Rollout"):  # a policy with a memory, for one evaluation
+        policy = script.Rollout(script.Args(**saved["args"]), data.act_dim, policy, saved["args"]["target"])
+    return saved, script, data, policy
