@@ -7,7 +7,7 @@ READY := .venv/installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-ray lint datasets results reproduce studies bench gpu bench-peers policies tensorboard clean
+.PHONY: help install quickstart test test-slow lint datasets results reproduce studies bench gpu bench-peers policies tensorboard clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -26,9 +26,9 @@ quickstart: $(READY)  ## install, collect a dataset, train TD3+BC on it, print i
 test: $(READY) lint  ## the test suite
 	$(PYTHON) -m pytest
 
-test-ray: $(READY)  ## the grid's runner on a real local Ray, which it installs
+test-slow: $(READY)  ## the tests that need minutes: many kills, and the grid's runner on a real local Ray, which it installs
 	$(PYTHON) -m pip install --disable-pip-version-check -r requirements-ray.txt
-	$(PYTHON) -m pytest tests/test_ray.py
+	$(PYTHON) -m pytest -m slow
 
 lint: $(READY)  ## ruff: style and unused code
 	$(PYTHON) -m ruff check .

@@ -1,22 +1,53 @@
+import contextlib
+import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import h5py
 import pytest
 import torch
 
-from datasets import find_task
-from datasets.collect import collect
+from datasets import collect, find_task
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Whoever is started in the background of a script ignores Ctrl-C, and so would every process started here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class Here:
+    """Stands for the workers of a collection, each of which would first spend seconds on its imports."""
+
+    def __init__(self, *words, **options):
+        self.map = map
+
+    def shutdown(self, **options):
+        pass
+
 
 @pytest.fixture(scope="session")
-def small(tmp_path_factory):
-    """A collected hopper-medium of 20,000 transitions: short episodes, quickly evaluated, as an HDF5 file."""
-    path = tmp_path_factory.mktemp("data") / "small.hdf5"
-    collect(find_task("hopper-medium"), path, 20_000)
+def collected(tmp_path_factory):
+    """A collected hopper-medium of 20,000 transitions, as an HDF5 file."""
+    path = tmp_path_factory.mktemp("data") / "collected.hdf5"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect, "ProcessPoolExecutor", Here)
+        collect.collect(find_task("hopper-medium"), path, 20_000)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small(collected):
+    """The same, but quickly evaluated: an episode is over after 100 steps."""
+    path = collected.with_name("small.hdf5")
+    shutil.copy(collected, path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["task"] = json.dumps(json.loads(file.attrs["task"]) | {"max_episode_steps": 100})
     return path
 
 
@@ -30,6 +61,12 @@ def own_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Whatever is collected is collected in this process."""
+    monkeypatch.setattr(collect, "ProcessPoolExecutor", Here)
 
 
 def start(*words, cwd=ROOT, **options):
@@ -50,3 +87,31 @@ def error_of(process):
 
 def fails(*words, **options):
     return error_of(start(*words, **options))
+
+
+def wait_until(begun, process, seconds=120):
+    """Until `begun()`, so that nothing is killed that had not begun; fails if the process ends before, or hangs."""
+    deadline = time.time() + seconds
+    while not begun():
+        assert process.poll() is None, f"it ended before it had begun: {process.communicate()}"
+        assert time.time() < deadline, "it has not begun in time"
+        time.sleep(0.02)
+
+
+def children(parent):
+    """Process ids of a process's children that have not ended."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # a process that has ended meanwhile
+            state, ppid = path.read_text().rsplit(")", 1)[1].split()[:2]
+            if int(ppid) == parent and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_for_the_end(pids, seconds=30):
+    """Until none of the processes lives."""
+    deadline = time.time() + seconds
+    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.time() < deadline, f"{alive} outlive the process that they worked for"
+        time.sleep(0.05)

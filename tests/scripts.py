@@ -20,8 +20,10 @@ FAMILIES = ("imitation", "why offline fails", "policy constraint", "pessimism", 
 FAMILIES += ("generative", "offline-to-online", "evaluation", "preferences")
 SCRIPTS = {
     "bc": Script("imitation", 150, 6000),
-    "gail": Script("imitation", 200, 16_000, acts=True),
-    "sac": Script("why offline fails", 200, 1500, acts=True),
+    "gail": Script("imitation", 200, 16_000, acts=True, quick={"envs": 2, "horizon": 10, "eval_every": 20}),
+    "sac": Script(
+        "why offline fails", 200, 1500, acts=True, quick={"env": "hopper", "start_steps": 70, "eval_every": 100}
+    ),
     "offline_sac": Script("why offline fails", 195, 1000),
     "awac": Script("policy constraint", 200, 1000),
     "td3_bc": Script("policy constraint", 190, 2000),

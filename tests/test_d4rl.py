@@ -298,7 +298,7 @@ def test_interrupted_download(server, tmp_path):
     assert not d4rl.local_file(HOPPER).exists()
 
 
-def test_unreachable(d4rl_folder, monkeypatch, capsys):
+def test_unreachable(here, d4rl_folder, monkeypatch, capsys):
     with pytest.raises(UserError, match="pen-human exists only as D4RL's file"):
         load("pen-human")
     with pytest.raises(UserError, match="refused"):

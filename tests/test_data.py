@@ -7,14 +7,14 @@ import random
 import resource
 import signal
 import time
-from pathlib import Path
 
 import gymnasium
 import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fails, start
+import tyro
+from conftest import ROOT, Here, children, fails, start, wait_for_the_end
 
 from datasets import BODIES, Dataset, Task, UserError, collect, find_task, load, show
 from datasets.collect import assemble, fingerprint, load_policy, plan, rollout, spread
@@ -85,7 +85,7 @@ def test_episodes_count_in_the_order_of_their_start(hopper_policy):
     np.testing.assert_array_equal(short[:, :-1], long[:200, :-1])
 
 
-def test_halfcheetah_times_out(tmp_path):
+def test_halfcheetah_times_out(here, tmp_path):
     path = tmp_path / "x.hdf5"
     collect.collect(find_task("halfcheetah-medium"), path, 3000)
     with h5py.File(path) as file:
@@ -99,13 +99,16 @@ def test_halfcheetah_times_out(tmp_path):
 
 
 def test_the_same_bytes_twice(tmp_path, monkeypatch):
-    """Three jobs, done by one worker and by three."""
+    """Three jobs, done here and by two workers."""
     task = find_task("halfcheetah-medium")
-    assert len(plan(task, 41_000)) == 3
-    for workers in (1, 3):
-        monkeypatch.setattr(collect, "cores", lambda count=workers: count)
-        collect.collect(task, tmp_path / f"{workers}.hdf5", 41_000)
-    assert (tmp_path / "1.hdf5").read_bytes() == (tmp_path / "3.hdf5").read_bytes()
+    monkeypatch.setattr(collect, "SHARD", 2000)
+    assert len(plan(task, 5000)) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "ProcessPoolExecutor", Here)
+        collect.collect(task, tmp_path / "here.hdf5", 5000)
+    monkeypatch.setattr(collect, "cores", lambda: 2)
+    collect.collect(task, tmp_path / "two.hdf5", 5000)
+    assert (tmp_path / "here.hdf5").read_bytes() == (tmp_path / "two.hdf5").read_bytes()
 
 
 def test_sizes_are_whole_episodes():
@@ -241,7 +244,7 @@ def test_load_policy_is_sac(hopper_policy):
     np.testing.assert_allclose(np.hstack([mean, log_std]), expected, atol=2e-3)  # float16
 
 
-def test_cache(monkeypatch, capsys):
+def test_cache(here, monkeypatch, capsys):
     """Collected once; a truncated file is not used but collected again; a whole one is read as it is."""
     monkeypatch.setattr(collect, "plan", lambda task, n=0: plan(task, n or 3000))
     task = find_task("halfcheetah-medium")
@@ -315,8 +318,10 @@ def test_interrupted_collection_leaves_nothing(tmp_path):
         tmp_path / "x.hdf5",
     )
     process = start(*words, start_new_session=True)
-    while "collect" not in process.stderr.readline(10):  # the progress bar: the workers are starting
-        pass
+    begun = ""
+    while "collect" not in begun:  # the progress bar: the workers are starting
+        begun = process.stderr.readline(10)
+        assert begun, "it ended before it had begun"
     time.sleep(random.random() * 4)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it, to the workers too
     _, err = process.communicate(timeout=60)
@@ -324,10 +329,13 @@ def test_interrupted_collection_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_killed_collection_leaves_nothing_half(tmp_path):
-    """kill -9 at ten random moments: the file is whole or absent, no worker lives on, leftovers go the next time."""
+@pytest.mark.parametrize("workers_by", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_killed_collection_leaves_nothing_half(workers_by, tmp_path, monkeypatch):
+    """kill -9 at random moments: the file is whole or absent, no worker lives on, leftovers go the next time."""
     path, task = tmp_path / "x.hdf5", find_task("stitch-meet")
-    context = multiprocessing.get_context("fork")  # quicker than ten new interpreters
+    get_context = multiprocessing.get_context
+    context = get_context("fork")  # quicker than so many new interpreters, here and, unless slow, for the workers
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: get_context(workers_by))
     seconds, whole, workers = 0.0, None, []
     for _ in range(11):
         process, start = context.Process(target=collect.collect, args=(task, path, 3000)), time.time()
@@ -336,36 +344,38 @@ def test_killed_collection_leaves_nothing_half(tmp_path):
             process.join()
             seconds, whole = time.time() - start, path.read_bytes()
         else:
+            while process.is_alive() and not children(process.pid):  # the worker
+                time.sleep(0.001)
             process.join(random.random() * seconds)
             if process.is_alive():
-                workers += Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                workers += children(process.pid)
             process.kill()
             process.join()
         if path.exists():
             assert path.read_bytes() == whole
             path.unlink()
-    deadline = time.time() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.time() < deadline, "workers outlive the process that they worked for"
-        time.sleep(0.1)
+    assert workers
+    wait_for_the_end(workers)
     (tmp_path / f".x.hdf5.{process.pid}").touch()  # as if it had died while it wrote
     collect.collect(task, path, 3000)
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_two_build_the_same_cache(monkeypatch):
+def test_two_build_the_same_cache(here, monkeypatch):
     """Two processes at once, each of which finds no cache: both end with the whole dataset."""
     monkeypatch.setattr(collect, "plan", lambda task, n=0: plan(task, n or 3000))
-    code = "from datasets import collect, load; plan = collect.plan; "
-    code += "collect.plan = lambda task, n=0: plan(task, n or 3000); load('stitch-gap', 'collected')"
-    for process in [start("-c", code) for _ in range(2)]:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=load, args=("stitch-gap", "collected")) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
     path = collect.collected_file(find_task("stitch-gap"))
     assert list(path.parent.iterdir()) == [path] and len(load("stitch-gap")) == 3000
 
 
-def test_export_command(tmp_path):
+def test_export_command(here, tmp_path):
     """collect.py --minari writes a dataset that load reads back, row for row."""
     words = ("--env", "stitch-meet", "--transitions", 2000, "--out", tmp_path / "x.hdf5", "--minari", "test/stitch-v0")
     process = start("datasets/collect.py", *words)
@@ -374,7 +384,8 @@ def test_export_command(tmp_path):
     ours, theirs = load(str(tmp_path / "x.hdf5")), load("test/stitch-v0")
     assert torch.equal(ours.rows, theirs.rows) and (ours.ends == theirs.ends).all()
     assert theirs.source == "minari" and theirs.task.ref_max == 1
-    assert "exists already" in fails("datasets/collect.py", *words)
+    with pytest.raises(UserError, match="exists already"):
+        collect.main(tyro.cli(collect.Args, args=[*map(str, words)]))
 
 
 def test_readme_own_data(tmp_path, monkeypatch):
@@ -396,7 +407,7 @@ def test_readme_own_data(tmp_path, monkeypatch):
         np.testing.assert_allclose(data.rew[rows], rew, rtol=1e-6)
 
 
-def test_show(tmp_path, monkeypatch, capsys):
+def test_show(here, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(collect, "plan", lambda task, n=0: plan(task, n or 2000))
     monkeypatch.setattr(show, "FOLDER", tmp_path)
     with pytest.raises(UserError, match="No dataset is at hand"):
@@ -413,9 +424,13 @@ def test_show(tmp_path, monkeypatch, capsys):
 
 
 def test_collect_arguments():
-    assert "Give one task" in fails("datasets/collect.py")
-    assert "go together" in fails("datasets/collect.py", "--env", "halfcheetah-medium", "--transitions", 10)
-    assert "nearest names" in fails("datasets/collect.py", "--env", "halfcheeta-medium")
+    for words, message in (
+        ([], "Give one task"),
+        (["--env", "halfcheetah-medium", "--transitions", "10"], "go together"),
+        (["--env", "halfcheeta-medium"], "nearest names"),
+    ):
+        with pytest.raises(UserError, match=message):
+            collect.main(tyro.cli(collect.Args, args=words))
 
 
 def test_next_act():

@@ -1,4 +1,4 @@
-"""The grid's runner on a real local Ray; where Ray is not installed it is skipped: make test-ray."""
+"""The grid's runner on a real local Ray, which make test-slow installs; where it is not installed this is skipped."""
 
 import importlib.util
 import json
@@ -6,7 +6,10 @@ import json
 import pytest
 from test_reproduce import launch, project, records  # noqa: F401
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: make test-ray")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: make test-slow"),
+]
 
 
 def test_ray(project):  # noqa: F811

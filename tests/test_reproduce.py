@@ -8,38 +8,47 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+import tyro
+from conftest import ROOT, children, wait_for_the_end, wait_until
 
-from datasets import collect, find_task
-from results import reproduce
+from algorithms import bc
+from datasets import UserError, collect, find_task
+from results import reproduce, run
 from results.reproduce import Args, Job, find_jobs
 from tests.scripts import SCRIPTS
 
-GRID = ["--algos", "bc", "--envs", "stitch-gap", "--seeds", "0", "1", "--steps", "3000"]
+GRID = ["--algos", "bc", "--envs", "stitch-gap"]
 TIMES = ("seconds", "eval_seconds", "memory_mb")
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path, here):
     """A copy of the project without records, and a small stitch-gap in the cache."""
     task = find_task("stitch-gap")
     collect.collect(task, collect.collected_file(task), 3000)
     root = tmp_path / "project"
     root.mkdir()
-    subprocess.run(["cp", "-r", "algorithms", "datasets", "results", root], cwd=ROOT, check=True)
+    for folder in ("algorithms", "datasets", "results"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("runs", "__pycache__", "*.gif"))
     (root / "tests").mkdir()
     shutil.copy(ROOT / "tests" / "scripts.py", root / "tests")
-    subprocess.run(["rm", "-r", root / "results" / "runs"], check=True)
-    (root / "results" / "runs").mkdir()
     return root
 
 
-def launch(root, *words, runs=None):
+def reproduce_here(root, monkeypatch, *words):
+    """`results/reproduce.py` of the copy, its runs aside, in this process, which has its imports already."""
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "ROOT", root)
+        patch.setattr(reproduce, "ROOT", root)
+        patch.setattr(reproduce, "RECORDS", root / "results" / "runs")
+        reproduce.reproduce(tyro.cli(Args, args=list(map(str, words))))
+
+
+def launch(root, *words):
     """`results/reproduce.py` as a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "results/reproduce.py", *(words or GRID)],
+        [sys.executable, "results/reproduce.py", *map(str, words)],
         cwd=root,
-        env=os.environ | ({"RUNS_DIR": str(runs)} if runs else {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -55,42 +64,55 @@ def records(root):
     return found
 
 
-def test_killed_and_started_again(project, tmp_path):
+def begun(folder):
+    """How many starts of runs have come to their updates."""
+    return len(list(folder.rglob("events*")))
+
+
+@pytest.mark.parametrize(
+    "kills, seeds, steps",
+    [(1, (0,), 2000), pytest.param(int(os.environ.get("KILLS", 10)), (0, 1), 12_000, marks=pytest.mark.slow)],
+)
+def test_killed_and_started_again(kills, seeds, steps, project, tmp_path, monkeypatch, capsys):
     """Killed at random moments, runner and all, and started again: the same records as without."""
-    out, err = launch(project, runs=tmp_path / "undisturbed").communicate(timeout=200)
-    assert "0 runs left" in out and "Nothing is left" in out, err
+    words = [*GRID, "--seeds", *seeds, "--steps", steps]
+    with monkeypatch.context() as patch:
+        patch.setenv("RUNS_DIR", str(tmp_path / "undisturbed"))
+        reproduce_here(project, monkeypatch, *words)
+    out = capsys.readouterr().out
+    assert "0 runs left" in out and "Nothing is left" in out
     expected = records(project)
-    assert len(expected) == 2
-    subprocess.run(["rm", "-r", project / "results" / "runs"], check=True)
-    rng = random.Random(0)
-    for _ in range(int(os.environ.get("KILLS", 3))):
-        process = launch(project)
-        time.sleep(rng.uniform(4, 7))
+    assert len(expected) == len(seeds)
+    shutil.rmtree(project / "results" / "runs")
+    for _ in range(kills):
+        process, before = launch(project, *words), begun(tmp_path / "runs")
+        wait_until(lambda before=before: begun(tmp_path / "runs") > before, process)
+        time.sleep(random.uniform(0, 2))
+        runs = children(process.pid)
         process.kill()  # the runner alone: its runs must end with it
         process.communicate()
-    process = launch(project)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
+        wait_for_the_end(runs)
+        if len(records(project)) == len(seeds):
+            break  # nothing is left to be killed
+    reproduce_here(project, monkeypatch, *words)
     assert records(project) == expected
 
 
-def test_ctrl_c(project):
-    process = launch(project)
-    while not any((project.parent / "runs").rglob("events*")):  # a run trains
-        time.sleep(0.1)
+def test_ctrl_c(project, tmp_path):
+    process = launch(project, *GRID, "--seeds", 0, "--steps", 10**6)
+    wait_until(lambda: begun(tmp_path / "runs"), process)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.strip().splitlines()[-1] == "error: Stopped, and the runs are saved; the same command goes on."
-    assert any((project.parent / "runs").rglob("checkpoint.pt"))
+    assert any((tmp_path / "runs").rglob("checkpoint.pt"))
 
 
-def test_one_that_fails_does_not_stop_the_others(project):
+def test_one_that_fails_does_not_stop_the_others(project, monkeypatch):
     (project / "algorithms" / "td3_bc.py").write_text("raise SystemExit('error: no such luck')\n")
-    process = launch(project, "--algos", "td3_bc", "bc", "--envs", "stitch-gap", "--seeds", "0", "--steps", "20")
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 1
-    assert err.strip().splitlines()[-1] == ("error: 1 of 2 runs failed: td3_bc stitch-gap seed 0: error: no such luck")
+    words = "--algos", "td3_bc", "bc", "--envs", "stitch-gap", "--seeds", 0, "--steps", 20
+    with pytest.raises(UserError, match="^1 of 2 runs failed: td3_bc stitch-gap seed 0: error: no such luck$"):
+        reproduce_here(project, monkeypatch, *words)
     assert list(records(project)) == ["results/runs/bc/collected/stitch-gap/seed=0,steps=20.json"]
 
 
@@ -130,11 +152,18 @@ def test_find_jobs(tmp_path, monkeypatch):
     assert job("10bc", "a", 2, 2).records[1].name == "seed=3,top_fraction=0.1,steps=50.json"
 
 
-def test_places_are_those_of_the_scripts(project):
+def test_places_are_those_of_the_scripts(here, tmp_path, monkeypatch):
     """The runner looks for records and checkpoints where the scripts put them."""
+    task = find_task("stitch-gap")
+    collect.collect(task, collect.collected_file(task), 3000)
     job = Job("10bc", "stitch-gap", 1, 2, 20, "collected", "x")
-    subprocess.run([*job.command(project, "cpu"), "--record"], env=os.environ | {"RUNS_DIR": str(job.runs)}, check=True)
+    _, script, *words = job.command(ROOT, "cpu")
+    assert script == str(ROOT / "algorithms" / "bc.py")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setenv("RUNS_DIR", str(job.runs))
+    bc.train(tyro.cli(bc.Args, args=[*words, "--record"]))
+    monkeypatch.setenv("RUNS_DIR", str(tmp_path / "runs"))
     assert (job.folder / "checkpoint.pt").exists()
     ours = {path.relative_to(reproduce.ROOT) for path in job.records}
-    assert {path.relative_to(project) for path in (project / "results" / "runs").rglob("*.json")} == ours
-    assert "--resume" in job.command(project, "cpu")
+    assert {path.relative_to(tmp_path) for path in (tmp_path / "results" / "runs").rglob("*.json")} == ours
+    assert "--resume" in job.command(ROOT, "cpu")

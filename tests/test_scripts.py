@@ -1,8 +1,12 @@
 """Every script trains, evaluates, stops, resumes exactly, and refuses what it cannot do."""
 
+import contextlib
 import dataclasses
+import importlib
 import json
+import os
 import random
+import re
 import resource
 import signal
 import time
@@ -12,41 +16,41 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_of, fails, start
+import tyro
+from conftest import ROOT, error_of, start, wait_until
 
-from algorithms import awac, bc, cql, dt, edac, gail, iql, mopo, offline_sac, rebrac, sac, sac_n, td3_bc
-from datasets import TASKS, UserError, find_task
-from datasets.collect import collect
+from algorithms import bc, cql, edac, gail, iql, mopo, rebrac, sac, td3_bc
+from datasets import TASKS, UserError, collect, find_task
 from datasets.minari_io import export_minari
 from results import evaluate
 from results.checkpoint import load_checkpoint
 from results.run import Run, choose_device
+from tests.scripts import SCRIPTS
 
-SCRIPTS = {  # those that learn from fixed data
-    "bc": bc,
-    "td3_bc": td3_bc,
-    "iql": iql,
-    "awac": awac,
-    "cql": cql,
-    "rebrac": rebrac,
-    "offline_sac": offline_sac,
-    "sac_n": sac_n,
-    "edac": edac,
-    "dt": dt,
-    "mopo": mopo,
-}
-QUICK = {  # arguments that spare time, and use more of the code
-    cql: {"n_actions": 2, "critic_layers": 1, "threshold": 5.0, "bc_steps": 5},
-    sac_n: {"n_critics": 4},
-    edac: {"n_critics": 4},
-    dt: {"context": 5},
-    mopo: {"rollouts": 40, "rollout_every": 5, "keep": 2, "model_updates": 20},
-}
+FOUND = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
+MODULES = {name: importlib.import_module(f"algorithms.{name}") for name in SCRIPTS if name in FOUND}
+FROM_DATA = [name for name in MODULES if not SCRIPTS[name].acts]
+SEEDED = [name for name in MODULES if hasattr(MODULES[name].Args, "seeds")]  # they can train several agents at once
+EACH = [(name, 1) for name in MODULES] + [(name, 2) for name in SEEDED]
+
+
+def test_table():
+    """tests/scripts.py, which the other tests read, has a row of each script."""
+    for name in FOUND:
+        assert name in SCRIPTS, (
+            f"algorithms/{name}.py has no row in tests/scripts.py: add "
+            f'"{name}": Script(family, lines, updates), from which tests, tables and bench know it.'
+        )
+    for name in SCRIPTS:
+        assert name in FOUND, f"tests/scripts.py has a row of {name}, but there is no algorithms/{name}.py: remove it."
 
 
 def arguments(script, small, **changes):
-    quick = {"env": str(small), "eval_every": 10, "eval_episodes": 1, **QUICK.get(script, {})}
-    return dataclasses.replace(script.Args(), **quick | changes)
+    """Of a short run on the small dataset, with what the script's row in the table says."""
+    quick = SCRIPTS[script.__name__.split(".")[-1]].quick
+    return dataclasses.replace(
+        script.Args(), **{"env": str(small), "eval_every": 10, "eval_episodes": 1, **quick} | changes
+    )
 
 
 def checkpoint_of(tmp_path):
@@ -79,8 +83,9 @@ def trained(tmp_path, monkeypatch, name, *runs):
     return load_checkpoint(checkpoint_of(tmp_path / name))
 
 
-def stopped(train, step):
-    """`train`, stopped by Ctrl-C in the evaluation after that step."""
+def stopped(train, step, later=0):
+    """`train`, stopped by Ctrl-C in the evaluation after that step, or at most so many steps later: in an environment
+    of its own a run stops where an episode ends."""
     original = Run.report
 
     def report(run, at, returns):
@@ -89,25 +94,45 @@ def stopped(train, step):
             signal.raise_signal(signal.SIGINT)
 
     def train_and_stop(args):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match=f"Stopped after step {step} "):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="Stopped after step ") as error:
             patch.setattr(Run, "report", report)
             train(args)
+        assert step <= int(re.search(r"after step (\d+) ", str(error.value))[1]) <= step + later
 
     return train_and_stop
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_resume_is_exact(name, seeds, small, tmp_path, monkeypatch):
-    """20 steps = 10 steps + resume + 10 steps: parameters, optimisers, random state, curve."""
-    script = SCRIPTS[name]
-    args = arguments(script, small, steps=20, seeds=seeds, batch_size=32)
+@pytest.mark.parametrize("name, seeds", EACH)
+def test_train_stop_resume_evaluate(name, seeds, small, tmp_path, monkeypatch):
+    """20 updates = 10 + resume + 10: parameters, optimisers, random state, curve. What was evaluated in training comes
+    out again, from the checkpoint alone. Each agent has a record. Targets have no history: a Polyak step with
+    gradients on would chain every update to the one before, with right scores and memory without end."""
+    script, runs = MODULES[name], []
+    args = arguments(script, small, batch_size=32, seed=7, eval_episodes=2, **({"seeds": seeds} if seeds > 1 else {}))
+    args = dataclasses.replace(args, steps=2 * args.eval_every)
+    save = Run._save
+    monkeypatch.setattr(Run, "_save", lambda run: (runs.append(run), save(run)))
     whole = trained(tmp_path, monkeypatch, "whole", (script.train, args))
-    first, second = (stopped(script.train, 10), args), (script.train, dataclasses.replace(args, resume=True))
+
+    targets = [net for key, net in runs[-1].state.items() if key.endswith("_target")]
+    assert len(targets) == len(set(re.findall(r"\b(\w+_target)=\1\b", Path(script.__file__).read_text())))
+    assert all(p.is_leaf and not p.requires_grad for net in targets for p in net.parameters())
+
+    path = checkpoint_of(tmp_path / "whole")
+    returns, data = evaluate.evaluate(evaluate.Args(path, episodes=2, seed=7))
+    for agent, own in enumerate(np.atleast_2d(returns)):
+        record = json.loads((path.parent / f"record-seed={7 + agent}.json").read_text())
+        np.testing.assert_allclose(own, record["returns"], atol=1e-3)
+        assert record["score"] == pytest.approx(data.score(np.mean(own)), abs=1e-3)
+        assert (record["seed"], record["trained_together"]) == (7 + agent, seeds)
+    assert len(list(path.parent.glob("record*"))) == seeds
+
+    stop = stopped(script.train, args.eval_every, later=args.eval_every - 1 if SCRIPTS[name].acts else 0)
+    first, second = (stop, args), (script.train, dataclasses.replace(args, resume=True))
     parts = trained(tmp_path, monkeypatch, "parts", first, second)
     for saved in (whole, parts):
         del saved["args"], saved["seconds"], saved["eval_seconds"]
-    assert whole["step"] == 20 and [point["step"] for point in whole["curve"]] == [10, 20]
+    assert whole["step"] == args.steps and [point["step"] for point in whole["curve"]] == [args.eval_every, args.steps]
     assert_equal(whole, parts)
 
 
@@ -169,8 +194,9 @@ def test_tuned(name, small, tmp_path, monkeypatch, capsys):
 
 
 def test_resume_is_exact_online(tmp_path, monkeypatch):
-    """SAC, whose environment cannot be checkpointed, resumes from the end of an episode, with its replay buffer."""
-    args = sac.Args(steps=3000, start_steps=2960, batch_size=32, eval_every=900, eval_episodes=1)
+    """SAC, whose environment cannot be checkpointed, killed within an episode: it resumes from the end of an episode,
+    with its replay buffer."""
+    args = sac.Args("hopper", steps=300, start_steps=260, batch_size=32, eval_every=90, eval_episodes=1)
     whole = trained(tmp_path, monkeypatch, "whole", (sac.train, args))
     calls = []
 
@@ -187,42 +213,39 @@ def test_resume_is_exact_online(tmp_path, monkeypatch):
     monkeypatch.setattr(sac, "alpha_loss", killing)
     with pytest.raises(Killed):
         trained(tmp_path, monkeypatch, "parts", (sac.train, args))
-    assert load_checkpoint(checkpoint_of(tmp_path / "parts"))["step"] == 2000
+    assert 180 < load_checkpoint(checkpoint_of(tmp_path / "parts"))["step"] < 290  # where it was killed
     parts = trained(tmp_path, monkeypatch, "parts", (sac.train, dataclasses.replace(args, resume=True)))
-    assert whole["step"] == parts["step"] == 3000 and len(whole["state"]["buffer"]["rows"]) == 3000
+    assert whole["step"] == parts["step"] == 300 and len(whole["state"]["buffer"]["rows"]) == 300
     assert_equal(whole["state"], parts["state"])
 
 
-def test_kill_and_resume(small, tmp_path, monkeypatch):
-    """kill -9 at three random moments: the end is that of a run which nobody disturbed."""
-    args = arguments(td3_bc, small, steps=400, eval_every=40)
+@pytest.mark.parametrize("kills", [1, pytest.param(int(os.environ.get("KILLS", 10)), marks=pytest.mark.slow)])
+def test_kill_and_resume(kills, small, tmp_path, monkeypatch):
+    """kill -9 at random moments: the end is that of a run which nobody disturbed."""
+    steps = 200 + 200 * kills
+    args = arguments(td3_bc, small, steps=steps, eval_every=40)
     whole = trained(tmp_path, monkeypatch, "whole", (td3_bc.train, args))
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "killed" / "runs"))
-    words = ["algorithms/td3_bc.py", "--env", small, "--steps", 400, "--eval-every", 40, "--eval-episodes", 1]
-    for _ in range(3):
-        found = list((tmp_path / "killed").rglob("checkpoint.pt"))
-        before = found[0].stat().st_mtime_ns if found else 0
-        process = start(*words, *(["--resume"] if found else []))
-        deadline = time.time() + 60
-        while time.time() < deadline and process.poll() is None:  # until it has got on, and a random moment longer
-            found = list((tmp_path / "killed").rglob("checkpoint.pt"))
-            if found and found[0].stat().st_mtime_ns > before:
-                break
-            time.sleep(0.02)
+    words = ["algorithms/td3_bc.py", "--env", small, "--steps", steps, "--eval-every", 40, "--eval-episodes", 1]
+    written = lambda: [path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("checkpoint.pt")]
+    for _ in range(kills):
+        before = written()
+        process = start(*words, *(["--resume"] if before else []))
+        wait_until(lambda before=before: written() > before, process)  # it has got on; and a random moment longer
         time.sleep(random.random())
         process.kill()
         process.communicate()
-        assert load_checkpoint(found[0])["step"] > 0  # whole, whenever the process died
+        assert load_checkpoint(checkpoint_of(tmp_path / "killed"))["step"] > 0  # whole, whenever the process died
     process = start(*words, "--resume")
-    assert process.communicate(timeout=120) and process.returncode == 0
-    assert_equal(whole["state"], load_checkpoint(found[0])["state"])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert_equal(whole["state"], load_checkpoint(checkpoint_of(tmp_path / "killed"))["state"])
 
 
 def test_interrupt_saves(small, tmp_path):
     words = ["algorithms/bc.py", "--env", small, "--steps", 10**6, "--eval-every", 10**6, "--eval-episodes", 1]
     process = start(*words)
-    while not list((tmp_path / "runs").rglob("events*")):
-        time.sleep(0.1)
+    wait_until(lambda: list((tmp_path / "runs").rglob("events*")), process)
     time.sleep(2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -231,25 +254,9 @@ def test_interrupt_saves(small, tmp_path):
     assert step > 0 and f"after step {step} " in err
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_checkpoint_acts(name, seeds, small, tmp_path):
-    """What was evaluated in training comes out again, from the checkpoint alone; each agent has a record."""
-    args = arguments(SCRIPTS[name], small, steps=10, eval_episodes=3, seed=7, seeds=seeds)
-    SCRIPTS[name].train(args)
-    path = checkpoint_of(tmp_path)
-    returns, data = evaluate.evaluate(evaluate.Args(path, episodes=3, seed=7))
-    for agent, own in enumerate(np.atleast_2d(returns)):
-        record = json.loads((path.parent / f"record-seed={7 + agent}.json").read_text())
-        np.testing.assert_allclose(own, record["returns"], atol=1e-3)
-        assert record["score"] == pytest.approx(data.score(np.mean(own)), abs=1e-3)
-        assert (record["seed"], record["trained_together"]) == (7 + agent, seeds)
-    assert len(list(path.parent.glob("record*"))) == seeds
-
-
-def test_readme_example(tmp_path, monkeypatch, capsys):
+def test_readme_example(here, tmp_path, monkeypatch, capsys):
     """The README's ten lines act with a checkpoint and reach what was evaluated."""
-    collect(find_task("halfcheetah-medium"), tmp_path / "x.hdf5", 3000)
+    collect.collect(find_task("halfcheetah-medium"), tmp_path / "x.hdf5", 3000)
     td3_bc.train(arguments(td3_bc, tmp_path / "x.hdf5", steps=10))
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
     code = code.replace("runs/td3_bc/collected/halfcheetah-medium/seed=0/checkpoint.pt", str(checkpoint_of(tmp_path)))
@@ -313,10 +320,10 @@ def test_tuned_names():
         assert all(getattr(args, key) == value for key, value in words.items())
 
 
-@pytest.mark.parametrize("name", [name for name in SCRIPTS if hasattr(SCRIPTS[name], "TUNED")])
+@pytest.mark.parametrize("name", [name for name in MODULES if hasattr(MODULES[name], "TUNED")])
 def test_tuned_tasks_exist(name):
     """Each entry of TUNED is a task, a family of tasks or "", and names arguments that are open by default."""
-    script = SCRIPTS[name]
+    script = MODULES[name]
     known = {"", *TASKS, *(task.family for task in TASKS.values())}
     assert known >= script.TUNED.keys()
     names = set(script.TUNED[""])
@@ -339,19 +346,6 @@ def test_antmaze_rewards(small, monkeypatch):
     monkeypatch.setattr(Run, "steps", lambda run, data, **state: seen.extend(data.rew.unique().tolist()) or [])
     rebrac.train(arguments(rebrac, small))
     assert seen == [100]
-
-
-@pytest.mark.parametrize("name", ["td3_bc", "iql", "awac", "cql", "rebrac", "edac", "sac"])
-def test_targets_have_no_history(name, small, monkeypatch):
-    """A Polyak step with gradients on would chain every update to the one before: right scores, memory without end."""
-    nets = {}
-    monkeypatch.setattr(Run, "_save", lambda run: nets.update(run.state))
-    if name == "sac":
-        sac.train(sac.Args(steps=40, start_steps=20, eval_every=40, eval_episodes=1))
-    else:
-        SCRIPTS[name].train(arguments(SCRIPTS[name], small, steps=10, batch_size=8))
-    targets = [p for key, net in nets.items() if key.endswith("_target") for p in net.parameters()]
-    assert targets and all(p.is_leaf and not p.requires_grad for p in targets)
 
 
 def test_cql_variants(small, tmp_path):
@@ -455,20 +449,29 @@ def test_not_finite(small, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"stopped being finite at step 14; the last good checkpoint is kept"):
         td3_bc.train(dataclasses.replace(args, steps=30, resume=True))
     assert checkpoint_of(tmp_path).read_bytes() == before
-    message = fails("algorithms/td3_bc.py", "--env", small, "--steps", 20, "--eval-every", 10, "--lr", 1e30)
-    assert "stopped being finite at step" in message and "no checkpoint yet" in message
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="stopped being finite at step .* no checkpoint yet"):
+        td3_bc.train(dataclasses.replace(args, steps=20, lr=1e30))
+
+
+@contextlib.contextmanager
+def small_files(size):
+    """As on a full disk: no file grows beyond so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_full_disk_while_checkpointing(small, tmp_path):
-    bc.train(arguments(bc, small, steps=10))
+    args = arguments(bc, small, steps=10)
+    bc.train(args)
     path = checkpoint_of(tmp_path)
     before = path.read_bytes()
-
-    def small_files():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-
-    words = ("--env", small, "--steps", 20, "--eval-every", 10, "--eval-episodes", 1, "--resume")
-    assert "Cannot write" in fails("algorithms/bc.py", *words, preexec_fn=small_files)
+    with small_files(200_000), pytest.raises(UserError, match="Cannot write"):
+        bc.train(dataclasses.replace(args, steps=20, resume=True))
     assert path.read_bytes() == before
     assert not [p for p in path.parent.iterdir() if p.name.startswith(".")]  # no half-written file is left
 
@@ -493,19 +496,26 @@ def test_bad_resumes(small, tmp_path, monkeypatch):
         bc.train(args)
 
 
-def test_bad_arguments():
-    """All at once, as each spends its time on imports."""
-    expected = {
-        ("--env", "halfcheetah-mediun"): "nearest names are halfcheetah-medium",
-        ("--steps", "0"): "--steps must be at least 1",
-        ("--batch-size", "-1"): "--batch-size must be at least 1",
-        ("--seed", "-1"): "--seed must be at least 0",
-        ("--device", "mps"): "not supported",
-        ("--device", "gpu"): "Unknown --device 'gpu'",
-        ("--top-fraction", "2"): "--top-fraction must lie in (0, 1]",
-    }
-    for words, process in [(words, start("algorithms/bc.py", *words)) for words in expected]:
-        assert expected[words] in error_of(process)
+@pytest.mark.parametrize(
+    "word, value, message",
+    [
+        ("--steps", "0", "--steps must be at least 1"),
+        ("--batch-size", "-1", "--batch-size must be at least 1"),
+        ("--seed", "-1", "--seed must be at least 0"),
+        ("--device", "mps", "not supported"),
+        ("--device", "gpu", "Unknown --device 'gpu'"),
+        ("--top-fraction", "2", r"--top-fraction must lie in \(0, 1\]"),
+    ],
+)
+def test_bad_arguments(word, value, message):
+    with pytest.raises(UserError, match=message):
+        bc.train(tyro.cli(bc.Args, args=[word, value]))
+
+
+def test_error_of_a_process():
+    """One sentence, no traceback, exit status 1."""
+    process = start("algorithms/bc.py", "--env", "halfcheetah-mediun")
+    assert "nearest names are halfcheetah-medium" in error_of(process) and process.returncode == 1
 
 
 def test_bad_expectile(small):
@@ -521,10 +531,10 @@ def test_no_cuda():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", FROM_DATA)
 def test_cuda(name, small, tmp_path, monkeypatch):
     """On CUDA: trains, resumes, and its checkpoint acts on a CPU."""
-    script = SCRIPTS[name]
+    script = MODULES[name]
     args = arguments(script, small, steps=20, device="cuda")
     first, second = (stopped(script.train, 10), args), (script.train, dataclasses.replace(args, resume=True))
     trained(tmp_path, monkeypatch, "cuda", first, second)
@@ -533,13 +543,27 @@ def test_cuda(name, small, tmp_path, monkeypatch):
 
 
 def test_help_from_anywhere(tmp_path):
-    """Of every script, all at once."""
-    for script, process in [(path, start(path, "--help", cwd=tmp_path)) for path in (ROOT / "algorithms").glob("*.py")]:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0 and "--resume" in out and "--lr" in out, (script, err)
+    """Of every script, from another folder; all in one process, so that the imports are paid for once."""
+    code = """if True:
+        import runpy, sys
+        for path in sys.argv[1:]:
+            print("\\n===", path)
+            sys.argv = [path, "--help"]
+            try:
+                runpy.run_path(path, run_name="__main__")
+            except SystemExit as end:
+                assert not end.code
+    """
+    process = start("-c", code, *(ROOT / "algorithms" / f"{name}.py" for name in FOUND), cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    shown = out.split("\n===")[1:]
+    assert len(shown) == len(FOUND)
+    for text, name in zip(shown, FOUND):
+        assert f"{name}.py" in text.splitlines()[0] and "--resume" in text and "--lr" in text, text
 
 
-def test_bc_learns(small, tmp_path):
+def test_bc_learns(collected, tmp_path):
     """BC of 20 episodes comes near their mean score, 41, in seconds."""
-    bc.train(arguments(bc, small, steps=2000, eval_every=2000, eval_episodes=5))
+    bc.train(arguments(bc, collected, steps=2000, eval_every=2000, eval_episodes=5))
     assert load_checkpoint(checkpoint_of(tmp_path))["curve"][-1]["scores"][0] > 35

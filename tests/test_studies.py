@@ -1,6 +1,11 @@
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import tyro
 
 from algorithms import cql, mopo, td3_bc
 from datasets import Dataset, UserError, find_task
@@ -24,6 +29,23 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """`train` runs its script in this process: another would first spend seconds on its imports."""
+
+    def run(command, env):
+        script = importlib.import_module(f"algorithms.{Path(command[1]).stem}")
+        with monkeypatch.context() as patch:
+            patch.setenv("RUNS_DIR", env["RUNS_DIR"])
+            try:
+                script.train(tyro.cli(script.Args, args=command[2:]))
+            except UserError:
+                return SimpleNamespace(returncode=1)
+            return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(common, "subprocess", SimpleNamespace(run=run))
+
+
 def test_once():
     """A second call reads what the first measured; one that failed has left nothing."""
     with pytest.raises(ZeroDivisionError):
@@ -36,7 +58,7 @@ def test_once():
     assert sorted(path.name for path in runs_of("study", "x").parent.iterdir()) == names
 
 
-def test_train_goes_on(small):
+def test_train_goes_on(small, in_process):
     words = "--env", small, "--eval-every", 100, "--eval-episodes", 1
     first = load_checkpoint(train("study", "a run", "bc", 10, *words))
     second = load_checkpoint(train("study", "a run", "bc", 20, *words))
@@ -47,10 +69,10 @@ def test_train_goes_on(small):
 
 
 @pytest.mark.parametrize("module, words", [(td3_bc, ()), (cql, ("--n-actions", 2, "--critic-layers", 2))])
-def test_value_and_truth(module, words, small):
+def test_value_and_truth(module, words, collected, in_process):
     """Against one episode at a time, with the networks taken out of the checkpoint by hand."""
     name = module.__name__.split(".")[-1]
-    checkpoint = train("study", name, name, 20, "--env", small, "--eval-episodes", 1, "--gamma", 0.9, *words)
+    checkpoint = train("study", name, name, 20, "--env", collected, "--eval-episodes", 1, "--gamma", 0.9, *words)
     measured = value_and_truth(checkpoint, episodes=2)
     saved = load_checkpoint(checkpoint)
     actor, critic = module.Actor(11, 3), module.Critic(11, 3, *([2] if module is cql else []))
