@@ -7,7 +7,7 @@ READY := .venv/installed
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint datasets results reproduce studies bench gpu bench-peers policies tensorboard clean
+.PHONY: help install quickstart test test-slow mutants lint datasets results reproduce studies bench gpu bench-peers policies tensorboard clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -29,6 +29,9 @@ test: $(READY) lint  ## the test suite
 test-slow: $(READY)  ## the tests that need minutes: many kills, and the grid's runner on a real local Ray, which it installs
 	$(PYTHON) -m pip install --disable-pip-version-check -r requirements-ray.txt
 	$(PYTHON) -m pytest -m slow
+
+mutants: $(READY)  ## breaks one line of a script's training at a time, and lists what its tests let pass (ALGOS="td3_bc iql")
+	$(PYTHON) tests/mutate.py $(ALGOS)
 
 lint: $(READY)  ## ruff: style and unused code
 	$(PYTHON) -m ruff check .
