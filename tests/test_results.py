@@ -244,6 +244,8 @@ def test_curves_of_cells(folder):
         write(folder, f"seed={seed}", seed=seed)
     curves.draw(cells_in(folder), read_published(), folder / "learning_curves.png")
     assert Path(folder / "learning_curves.png").stat().st_size > 1000
+    curves.draw([], read_published(), folder / "none.png")
+    assert not (folder / "none.png").exists()
 
 
 def test_fill():
