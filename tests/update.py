@@ -33,7 +33,8 @@ def copied(state):
 
 def trace(script, monkeypatch, args, task=None):
     """Trains, and returns what was Traced. task: what of the data's task is to be changed, {field: value}."""
-    traced, steps, sample, load = Traced({}, {}, None, [], [], []), Run.steps, Dataset.sample, script.load
+    traced, steps, sample = Traced({}, {}, None, [], [], []), Run.steps, Dataset.sample
+    load = getattr(script, "load", None)  # not of one that makes its own data
     drawing = []
 
     def load_double(*words):
@@ -70,7 +71,7 @@ def trace(script, monkeypatch, args, task=None):
     with monkeypatch.context() as patch:
         for name in RANDOM:
             patch.setattr(torch, name, drawn(name, getattr(torch, name)))
-        patch.setattr(script, "load", load_double)
+        patch.setattr(script, "load", load_double, raising=bool(load))
         patch.setattr(Run, "steps", steps_traced)
         patch.setattr(Dataset, "sample", sample_traced)
         patch.setattr(Run, "watch", watch)
@@ -122,6 +123,15 @@ def q_values(params, obs, act):
     return torch.stack(values)
 
 
+def squashed(params, obs, noise):
+    """SAC's policy, appendix C of arXiv:1812.05905: act (..., A), the tanh of mean + std * noise, and its log density
+    (...). Without bounds on log_std, which nothing reaches in a few steps."""
+    mean, log_std = mlp(params, obs).chunk(2, -1)
+    u = mean + log_std.exp() * noise
+    log_prob = torch.distributions.Normal(mean, log_std.exp()).log_prob(u) - (1 - u.tanh() ** 2).log()
+    return u.tanh(), log_prob.sum(-1)
+
+
 class Adam:
     """Kingma & Ba 2015, Algorithm 1, on a dictionary of leaves; `decay`: AdamW's."""
 
@@ -149,11 +159,11 @@ def polyak(target, net, tau):
         x.data.copy_((1 - tau) * x + tau * y)
 
 
-def assert_same(ours, theirs, name="", rtol=1e-9):
+def assert_same(ours, theirs, name="", rtol=1e-9, atol=1e-12):
     """Two tensors, or dictionaries of them, of equal names."""
     if isinstance(ours, dict):
         assert ours.keys() == theirs.keys(), name
         for key in ours:
-            assert_same(ours[key], theirs[key], f"{name} {key}", rtol)
+            assert_same(ours[key], theirs[key], f"{name} {key}", rtol, atol)
     else:
-        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=rtol, atol=1e-12, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}")
