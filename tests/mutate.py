@@ -36,6 +36,10 @@ EQUIVALENT = {
         r"^inputs=": "gradients of other networks are set to zero before their own step",
         r"^(device=|run\.graphed)": "on CUDA alone: test_cuda, test_graph_changes_nothing",
     },
+    "iql": {
+        r"^schedule=": "test_steps_may_grow of test_scripts",
+        r"^(1|args\.expectile) -> .* @ (if not 0 <|raise )": "test_bad_expectile of test_scripts",
+    },
 }
 LIMIT = 120  # seconds of one change
 
