@@ -50,6 +50,10 @@ EQUIVALENT = {
         r"^args\.threshold -> ": "half of it has the same sign",
         r"^0 -> 1 @ loss = .* #2": "a number added to the loss has no gradient, and what is watched has not got it",
     },
+    "iql": {
+        r"^schedule=": "test_steps_may_grow of test_scripts",
+        r"^(1|args\.expectile) -> .* @ (if not 0 <|raise )": "test_bad_expectile of test_scripts",
+    },
 }
 LIMIT = 120  # seconds of one change, of a processor; ten times that by the clock, for others may have it
 for name in ("results.run", "torch._dynamo", "tyro"):  # what each child would import, here once

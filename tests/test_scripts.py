@@ -520,7 +520,7 @@ def test_error_of_a_process():
 
 def test_bad_expectile(small):
     with pytest.raises(UserError, match=r"--expectile must lie in \(0, 1\), not 1.5"):
-        iql.train(arguments(iql, small, expectile=1.5))
+        iql.train(arguments(iql, small, steps=10, expectile=1.5))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

@@ -92,6 +92,13 @@ def columns(path):
         return [torch.from_numpy(file[key][:].astype(np.float64)) for key in keys]
 
 
+def episodes(path):
+    """The rows of each episode of a collected file, one slice each, in order."""
+    with h5py.File(path) as file:
+        ends = (np.flatnonzero(file["terminals"][:] | file["timeouts"][:]) + 1).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+
 def table(*cols):
     """The rows (N, …) that a Dataset of these columns holds."""
     return torch.cat([col if col.ndim == 2 else col[:, None] for col in cols], 1)
@@ -102,23 +109,24 @@ def leaves(state, *names):
     return {key: x.clone().requires_grad_() for key, x in state.items() if key.startswith(names or "")}
 
 
-def mlp(params, x):
-    """A ReLU network of weights (out, in) and biases (out,), in their order: (..., in) -> (..., out)."""
+def mlp(params, x, hidden=lambda x: x):
+    """A ReLU network of weights (out, in) and biases (out,), in their order: (..., in) -> (..., out). hidden: what
+    becomes of each hidden layer's output, here and below."""
     params = list(params.values())
     for i in range(0, len(params), 2):
         x = x @ params[i].T + params[i + 1]
-        x = x.clamp(min=0) if i + 2 < len(params) else x
+        x = hidden(x.clamp(min=0)) if i + 2 < len(params) else x
     return x
 
 
-def q_values(params, obs, act):
+def q_values(params, obs, act, hidden=lambda x: x):
     """All N Q-functions of weights (N, in, out) and biases (N, 1, out), one after the other: (N, B)."""
     params, values = list(params.values()), []
     for n in range(len(params[0])):
         x = torch.cat([obs, act], -1)
         for i in range(0, len(params), 2):
             x = x @ params[i][n] + params[i + 1][n]
-            x = x.clamp(min=0) if i + 2 < len(params) else x
+            x = hidden(x.clamp(min=0)) if i + 2 < len(params) else x
         values.append(x[..., 0])
     return torch.stack(values)
 
