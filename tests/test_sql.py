@@ -4,29 +4,35 @@ import numpy as np
 import pytest
 import torch
 from test_scripts import arguments
-from test_xql import ends_of, log_prob, normed
-from update import Adam, assert_same, columns, leaves, mlp, polyak, q_values, table, trace
+from test_xql import log_prob, normed, refuses_other_steps
+from update import Adam, assert_same, columns, episodes, leaves, mlp, polyak, q_values, table, trace
 
 from algorithms import sql
 from datasets import Batch
 
 
-@pytest.mark.parametrize("variant", ["sql", "eql"])
-def test_update(variant, small, monkeypatch):
+@pytest.mark.parametrize(
+    "variant, task", [("sql", "hopper-medium"), ("eql", "hopper-medium"), ("sql", "antmaze-umaze")]
+)
+def test_update(variant, task, small, monkeypatch):
+    """Locomotion's returns come to span 1000, AntMaze's stay."""
     alpha = {"sql": 0.6, "eql": 0.08}[variant]
     changes = dict(variant=variant, alpha_sql=0.6, alpha_eql=0.08, dropout=0.0, gamma=0.9, tau=0.1, lr=1e-3)
-    traced = trace(sql, monkeypatch, arguments(sql, small, steps=6, batch_size=16, **changes), {"rew_shift": -1.0})
+    args = arguments(sql, small, steps=6, batch_size=16, **changes)
+    traced = trace(sql, monkeypatch, args, {"name": task, "rew_shift": -1.0})
 
     obs, act, rew, next_obs, done = columns(small)
-    returns = np.add.reduceat(rew.numpy(), [0, *ends_of(small)[:-1]])
-    rew = rew * 1000 / (returns.max() - returns.min()) - 1
+    if task == "hopper-medium":
+        returns = [rew[span].sum().item() for span in episodes(small)]
+        rew = rew * 1000 / (max(returns) - min(returns))
     mean, std = obs.mean(0), obs.std(0) + 1e-3
-    expected = table((obs - mean) / std, act, rew, (next_obs - mean) / std, done)
+    expected = table((obs - mean) / std, act, rew - 1, (next_obs - mean) / std, done)
     torch.testing.assert_close(traced.rows, expected, rtol=1e-6, atol=1e-9)
 
     nets = {name: leaves(traced.start[name]) for name in ("actor", "critic", "critic_target", "value")}
     actor, critic, critic_target, value = nets.values()
     assert_same(critic, critic_target)
+    assert [x.shape[0] for x in value.values()] == [256] * 8 + [1] * 2
     opts = {name: Adam(nets[name], 1e-3) for name in ("actor", "critic", "value")}
     for step, batch in enumerate(traced.batches, 1):
         assert batch.obs.shape == (16, 11)
@@ -85,3 +91,7 @@ def test_value_of_one_state(variant):
             net.zero_grad()
         losses[name].backward(retain_graph=True)
         assert [net for net in nets if any(p.grad is not None for p in net.parameters())] == [own]
+
+
+def test_schedule_spans_the_steps(small):
+    refuses_other_steps(sql, small)

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from test_scripts import arguments
-from update import Adam, assert_same, columns, leaves, mlp, polyak, q_values, table, trace
+from update import Adam, assert_same, columns, episodes, leaves, mlp, polyak, q_values, table, trace
 
 from algorithms import xql
-from datasets import Batch
+from datasets import Batch, UserError
 
 
 def normed(params, x):
@@ -24,20 +24,25 @@ def log_prob(mean, log_std, act):
     return torch.distributions.Normal(mean, log_std.clamp(-5, 2).exp()).log_prob(act).sum(-1)
 
 
-def test_update(small, monkeypatch):
+@pytest.mark.parametrize("task", ["hopper-medium", "antmaze-umaze"])
+def test_update(task, small, monkeypatch):
+    """Locomotion's returns come to span 1000, AntMaze's stay."""
     changes = dict(scale=0.7, max_clip=0.2, beta=2.0, dropout=0.0, gamma=0.9, tau=0.1, lr=1e-3)
-    traced = trace(xql, monkeypatch, arguments(xql, small, steps=6, batch_size=16, **changes), {"rew_shift": -1.0})
+    args = arguments(xql, small, steps=6, batch_size=16, **changes)
+    traced = trace(xql, monkeypatch, args, {"name": task, "rew_shift": -1.0})
 
     obs, act, rew, next_obs, done = columns(small)
-    returns = np.add.reduceat(rew.numpy(), [0, *ends_of(small)[:-1]])
-    rew = rew * 1000 / (returns.max() - returns.min()) - 1
+    if task == "hopper-medium":
+        returns = [rew[span].sum().item() for span in episodes(small)]
+        rew = rew * 1000 / (max(returns) - min(returns))
     mean, std = obs.mean(0), obs.std(0) + 1e-3
-    expected = table((obs - mean) / std, act, rew, (next_obs - mean) / std, done)
+    expected = table((obs - mean) / std, act, rew - 1, (next_obs - mean) / std, done)
     torch.testing.assert_close(traced.rows, expected, rtol=1e-6, atol=1e-9)
 
     nets = {name: leaves(traced.start[name]) for name in ("actor", "critic", "critic_target", "value")}
     actor, critic, critic_target, value = nets.values()
     assert_same(critic, critic_target)
+    assert [x.shape[0] for x in value.values()] == [256] * 8 + [1] * 2
     opts = {name: Adam(nets[name], 1e-3) for name in ("actor", "critic", "value")}
     cut = 0
     for step, batch in enumerate(traced.batches, 1):
@@ -65,11 +70,15 @@ def test_update(small, monkeypatch):
         assert_same(params, traced.end[name], name)
 
 
-def ends_of(path):
-    import h5py
+def refuses_other_steps(script, small):
+    """The actor's schedule spans --steps: a resume may not change them."""
+    script.train(arguments(script, small, steps=2, batch_size=8))
+    with pytest.raises(UserError, match="other arguments: steps was 2"):
+        script.train(arguments(script, small, steps=4, batch_size=8, resume=True))
 
-    with h5py.File(path) as file:
-        return np.flatnonzero(file["terminals"][:] | file["timeouts"][:]) + 1
+
+def test_schedule_spans_the_steps(small):
+    refuses_other_steps(xql, small)
 
 
 @pytest.fixture
