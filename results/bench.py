@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -167,7 +168,8 @@ def measure_plain(script, agents, device, seconds, rate):
         tempfile.TemporaryDirectory() as folder,
         mock.patch.dict(os.environ, RUNS_DIR=folder),
         mock.patch.object(Run, "steps", timed),
-        mock.patch("signal.signal"),  # only a main thread may, and nobody presses Ctrl-C
+        # Only a main thread may. A loop that ends later puts back what it was told was there before.
+        mock.patch("signal.signal", return_value=signal.getsignal(signal.SIGINT)),
     ):
         threads = [threading.Thread(target=train, args=(seed,), daemon=True) for seed in range(agents)]
         for seed, thread in enumerate(threads):  # one after another: while a graph is captured nobody may allocate

@@ -32,6 +32,8 @@ SCRIPTS = {
     "sac_n": Script("pessimism", 210, 200, quick={"n_critics": 4}),
     "edac": Script("pessimism", 220, 100, quick={"n_critics": 4}),
     "iql": Script("in-sample", 200, 1500),
+    "xql": Script("in-sample", 225, 1500),  # 20 lines of it are TUNED
+    "sql": Script("in-sample", 215, 1500),
     "mopo": Script(
         "model-based", 374, 1000, quick={"rollouts": 40, "rollout_every": 5, "keep": 2, "model_updates": 20}
     ),

@@ -1,8 +1,10 @@
 """results/bench.py and results/gpu.py: what they measure is the script's own loop, and what they bring comes home."""
 
 import dataclasses
+import gc
 import json
 import os
+import signal
 import tarfile
 import time
 
@@ -63,8 +65,11 @@ def test_measure_plain_fails(on_small, monkeypatch):
         watch(run, losses)
 
     monkeypatch.setattr(Run, "watch", fail)
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(RuntimeError, match="no such luck"):
         bench.measure_plain("bc", 3, "cpu", 0.1, 100.0)
+    gc.collect()  # ends the loops that were left
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def rows_then(ending):

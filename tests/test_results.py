@@ -244,6 +244,8 @@ def test_curves_of_cells(folder):
         write(folder, f"seed={seed}", seed=seed)
     curves.draw(cells_in(folder), read_published(), folder / "learning_curves.png")
     assert Path(folder / "learning_curves.png").stat().st_size > 1000
+    curves.draw([], read_published(), folder / "none.png")
+    assert not (folder / "none.png").exists()
 
 
 def test_fill():
@@ -255,7 +257,7 @@ def test_fill():
 
 def test_published_scores_have_sources():
     rows = read_published().values()
-    assert len(rows) == 11 * 9  # algorithms x tasks
+    assert len(rows) == 12 * 9  # algorithms x tasks
     assert all(row["source"] and row["note"] for row in rows)
 
 

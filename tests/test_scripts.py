@@ -258,11 +258,11 @@ def test_readme_example(here, tmp_path, monkeypatch, capsys):
     """The README's ten lines act with a checkpoint and reach what was evaluated."""
     collect.collect(find_task("halfcheetah-medium"), tmp_path / "x.hdf5", 3000)
     td3_bc.train(arguments(td3_bc, tmp_path / "x.hdf5", steps=10))
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = (ROOT / "README.md").read_text().split("```python\nimport sys; ")[1].split("```")[0]
     code = code.replace("runs/td3_bc/collected/halfcheetah-medium/seed=0/checkpoint.pt", str(checkpoint_of(tmp_path)))
     monkeypatch.chdir(ROOT)
     capsys.readouterr()
-    exec(code, {})
+    exec(f"import sys; {code}", {})
     (evaluated,) = json.loads(checkpoint_of(tmp_path).with_name("record-seed=0.json").read_text())["returns"]
     assert float(capsys.readouterr().out) == pytest.approx(evaluated, rel=1e-3)
 
@@ -520,7 +520,7 @@ def test_error_of_a_process():
 
 def test_bad_expectile(small):
     with pytest.raises(UserError, match=r"--expectile must lie in \(0, 1\), not 1.5"):
-        iql.train(arguments(iql, small, expectile=1.5))
+        iql.train(arguments(iql, small, steps=10, expectile=1.5))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")

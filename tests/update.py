@@ -33,7 +33,8 @@ def copied(state):
 
 def trace(script, monkeypatch, args, task=None):
     """Trains, and returns what was Traced. task: what of the data's task is to be changed, {field: value}."""
-    traced, steps, sample, load = Traced({}, {}, None, [], [], []), Run.steps, Dataset.sample, script.load
+    traced, steps, sample = Traced({}, {}, None, [], [], []), Run.steps, Dataset.sample
+    load = getattr(script, "load", None)  # not of one that makes its own data
     drawing = []
 
     def load_double(*words):
@@ -70,7 +71,7 @@ def trace(script, monkeypatch, args, task=None):
     with monkeypatch.context() as patch:
         for name in RANDOM:
             patch.setattr(torch, name, drawn(name, getattr(torch, name)))
-        patch.setattr(script, "load", load_double)
+        patch.setattr(script, "load", load_double, raising=bool(load))
         patch.setattr(Run, "steps", steps_traced)
         patch.setattr(Dataset, "sample", sample_traced)
         patch.setattr(Run, "watch", watch)
@@ -91,6 +92,13 @@ def columns(path):
         return [torch.from_numpy(file[key][:].astype(np.float64)) for key in keys]
 
 
+def episodes(path):
+    """The rows of each episode of a collected file, one slice each, in order."""
+    with h5py.File(path) as file:
+        ends = (np.flatnonzero(file["terminals"][:] | file["timeouts"][:]) + 1).tolist()
+    return [slice(start, end) for start, end in zip([0, *ends], ends)]
+
+
 def table(*cols):
     """The rows (N, …) that a Dataset of these columns holds."""
     return torch.cat([col if col.ndim == 2 else col[:, None] for col in cols], 1)
@@ -101,25 +109,35 @@ def leaves(state, *names):
     return {key: x.clone().requires_grad_() for key, x in state.items() if key.startswith(names or "")}
 
 
-def mlp(params, x):
-    """A ReLU network of weights (out, in) and biases (out,), in their order: (..., in) -> (..., out)."""
+def mlp(params, x, hidden=lambda x: x):
+    """A ReLU network of weights (out, in) and biases (out,), in their order: (..., in) -> (..., out). hidden: what
+    becomes of each hidden layer's output, here and below."""
     params = list(params.values())
     for i in range(0, len(params), 2):
         x = x @ params[i].T + params[i + 1]
-        x = x.clamp(min=0) if i + 2 < len(params) else x
+        x = hidden(x.clamp(min=0)) if i + 2 < len(params) else x
     return x
 
 
-def q_values(params, obs, act):
+def q_values(params, obs, act, hidden=lambda x: x):
     """All N Q-functions of weights (N, in, out) and biases (N, 1, out), one after the other: (N, B)."""
     params, values = list(params.values()), []
     for n in range(len(params[0])):
         x = torch.cat([obs, act], -1)
         for i in range(0, len(params), 2):
             x = x @ params[i][n] + params[i + 1][n]
-            x = x.clamp(min=0) if i + 2 < len(params) else x
+            x = hidden(x.clamp(min=0)) if i + 2 < len(params) else x
         values.append(x[..., 0])
     return torch.stack(values)
+
+
+def squashed(params, obs, noise):
+    """SAC's policy, appendix C of arXiv:1812.05905: act (..., A), the tanh of mean + std * noise, and its log density
+    (...). Without bounds on log_std, which nothing reaches in a few steps."""
+    mean, log_std = mlp(params, obs).chunk(2, -1)
+    u = mean + log_std.exp() * noise
+    log_prob = torch.distributions.Normal(mean, log_std.exp()).log_prob(u) - (1 - u.tanh() ** 2).log()
+    return u.tanh(), log_prob.sum(-1)
 
 
 class Adam:
@@ -149,11 +167,11 @@ def polyak(target, net, tau):
         x.data.copy_((1 - tau) * x + tau * y)
 
 
-def assert_same(ours, theirs, name="", rtol=1e-9):
+def assert_same(ours, theirs, name="", rtol=1e-9, atol=1e-12):
     """Two tensors, or dictionaries of them, of equal names."""
     if isinstance(ours, dict):
         assert ours.keys() == theirs.keys(), name
         for key in ours:
-            assert_same(ours[key], theirs[key], f"{name} {key}", rtol)
+            assert_same(ours[key], theirs[key], f"{name} {key}", rtol, atol)
     else:
-        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=rtol, atol=1e-12, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}")

@@ -16,6 +16,8 @@ def draw(cells, published, path):
     panels = []
     for group in grouped(cells, "source", "steps").values():  # each in the order of the tasks
         panels += [[cell for cell in group if cell.env == env] for env in dict.fromkeys(cell.env for cell in group)]
+    if not panels:  # nothing is recorded yet: an older picture stays
+        return
     names = [name for _, name in grouped(cells, "place", "name")]
     colors = plt.get_cmap("turbo")(np.linspace(0.02, 0.95, len(names)))[:, :3] * 0.85  # its yellow is too pale
     height = -(-len(panels) // 3)
