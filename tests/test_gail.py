@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_scripts import assert_equal, stopped, trained
-from update import Adam, assert_same, columns, leaves, table, trace
+from update import Adam, assert_same, columns, episodes, leaves, table, trace
 
 from algorithms import gail
 from datasets import Dataset, UserError, find_task
@@ -130,17 +130,16 @@ def test_update(reward, small, monkeypatch):
     args = arguments(str(small), eval_env="", envs=3, horizon=40, steps=360, **changes)
     traced = trace(gail, monkeypatch, args, task={"max_episode_steps": 18})
 
-    with h5py.File(small) as file:
-        ends = np.flatnonzero(file["terminals"][:] | file["timeouts"][:]) + 1
-    rng, starts = np.random.default_rng(2), [0, *ends]
-    rows = [np.arange(starts[e], ends[e]) for e in rng.choice(len(ends), 5, replace=False)]
-    rows = np.concatenate([row[rng.integers(7) :: 7] for row in rows])
+    rng, whole = np.random.default_rng(2), [np.arange(20_000)[own] for own in episodes(small)]
+    rows = [whole[i] for i in rng.choice(len(whole), 5, replace=False)]
+    rows = np.concatenate([own[rng.integers(7) :: 7] for own in rows])
     obs, act, rew, next_obs, done = (column[rows] for column in columns(small))
     mean, std = obs.mean(0), obs.std(0) + 1e-3
     expected = table((obs - mean) / std, act, rew, (next_obs - mean) / std, done)
     torch.testing.assert_close(traced.rows, expected, rtol=1e-9, atol=1e-9)
 
     actor, value, disc = (leaves(traced.start[name]) for name in ("actor", "value", "disc"))
+    assert [len(x) for net in (value, disc) for x in net.values()] == 2 * [100, 100, 100, 100, 1, 1]
     actor_opt, value_opt, disc_opt = Adam(actor, None), Adam(value, None), Adam(disc, 0.02)
     net = {name: x for name, x in actor.items() if name != "log_std"}
     draws, batches = (x for _, x in traced.random), iter(traced.batches)
