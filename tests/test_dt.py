@@ -1,12 +1,11 @@
 import dataclasses
 
-import h5py
 import numpy as np
 import pytest
 import torch
 from test_scripts import arguments
 from torch.nn import functional
-from update import Adam, assert_same, columns, leaves, table, trace
+from update import Adam, assert_same, columns, episodes, leaves, table, trace
 
 from algorithms import dt
 from datasets import Dataset, find_task
@@ -123,18 +122,18 @@ def test_update(small, monkeypatch):
     mean, std = obs.mean(0), obs.std(0) + 1e-3
     obs = (obs - mean) / std
     torch.testing.assert_close(traced.rows, table(obs, act, rew, (next_obs - mean) / std, done), rtol=1e-9, atol=1e-9)
-    with h5py.File(small) as file:
-        ends = np.flatnonzero(file["terminals"][:] | file["timeouts"][:]) + 1
-    whole = [table(rew[a:b].flip(0).cumsum(0).flip(0) / 50, torch.arange(b - a)) for a, b in zip([0, *ends], ends)]
-    steps = torch.cat([torch.cat(whole), obs, act], 1)  # return-to-go, time, obs, act of each
+    whole = episodes(small)
+    parts = [table(rew[own].flip(0).cumsum(0).flip(0) / 50, torch.arange(len(rew[own]))) for own in whole]
+    steps = torch.cat([torch.cat(parts), obs, act], 1)  # return-to-go, time, obs, act of each
     steps = torch.cat([steps, torch.zeros(1, 16)])  # row -1 is padding
 
     p = leaves(traced.start["actor"])
     opt = Adam(p, None, decay=0.03)
     assert len(states) == len(traced.random) == 8
     for step, ((_, firsts), state) in enumerate(zip(traced.random, states), 1):
-        own = [list(range(first, min([*ends[ends > first], first + 13]))) for first in firsts.flatten().tolist()]
-        rows = torch.tensor([[-1] * (13 - len(row)) + row for row in own])
+        ends = [next(own.stop for own in whole if i < own.stop) for i in firsts]
+        seen = [range(i, min(i + 13, end)) for i, end in zip(firsts.flatten().tolist(), ends)]
+        rows = torch.tensor([[-1] * (13 - len(own)) + list(own) for own in seen])
         rtg, time, seq_obs, seq_act = steps[rows].split([1, 1, 11, 3], -1)
         torch.set_rng_state(state)
         pi = transformer(p, rtg, seq_obs, seq_act, time[..., 0].long().clamp(max=299), rows >= 0, 0.2)
