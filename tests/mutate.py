@@ -50,9 +50,19 @@ EQUIVALENT = {
         r"^args\.threshold -> ": "half of it has the same sign",
         r"^0 -> 1 @ loss = .* #2": "a number added to the loss has no gradient, and what is watched has not got it",
     },
+    "gail": {
+        r"^schedule=": "test_steps_may_grow of test_scripts",
+        r"^args\.lr -> .* @ opt = ": "the schedule sets it before the first step",
+        r"^-1 -> 1 @ (both|loss_v)": "the last of two axes",
+    },
     "iql": {
         r"^schedule=": "test_steps_may_grow of test_scripts",
         r"^(1|args\.expectile) -> .* @ (if not 0 <|raise )": "test_bad_expectile of test_scripts",
+    },
+    "mopo": {
+        r"^10000 -> 10001": "how many rollouts go side by side, for want of memory",
+        r"^if step == 1 -> if True": "a fit that has ended does not go on",
+        r"^schedule=": "test_steps_may_grow of test_scripts",
     },
 }
 LIMIT = 120  # seconds of one change, of a processor; ten times that by the clock, for others may have it

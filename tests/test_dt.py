@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from test_scripts import arguments
+from torch.nn import functional
+from update import Adam, assert_same, columns, episodes, leaves, table, trace
 
 from algorithms import dt
 from datasets import Dataset, find_task
@@ -72,6 +74,74 @@ def test_loss(actor):
     loss = dt.actor_loss(dataclasses.replace(dt.Args(), dropout=0.0), seq, actor)
     assert loss.item() == pytest.approx(np.mean(errors), rel=1e-5)
     assert dt.HEADS == 1
+
+
+def linear(p, name, x):
+    return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
+
+
+def layer_norm(p, name, x):
+    mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, correction=0)
+    return (x - mean) / (var + 1e-5).sqrt() * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+
+def transformer(p, rtg, obs, act, time, real, dropout):
+    """Of the weights p, the actions at all steps: rtg, obs, act (B, K, ...), time, real (B, K) -> (B, K, A)."""
+    drop = lambda x: functional.dropout(x, dropout)
+    tokens = [linear(p, "rtg", rtg), linear(p, "obs", obs), linear(p, "act", act)]
+    x = torch.stack([token + p["time.weight"][time] for token in tokens], 2).flatten(1, 2)  # (B, 3 K, 128)
+    x, own = drop(layer_norm(p, "norm", x)), torch.arange(x.shape[1])
+    hidden = (own > own[:, None]) | ~real.repeat_interleave(3, 1)[:, None]  # (B, who looks, at whom)
+    for n in range(3):
+        q, k, v = linear(p, f"blocks.{n}.qkv", layer_norm(p, f"blocks.{n}.norm1", x)).chunk(3, -1)
+        if n == 2:  # nobody asks the others for what they make of it
+            q, x, hidden = q[:, 1::3], x[:, 1::3], hidden[:, 1::3]
+        weight = (q @ k.mT / 128**0.5 - 1e9 * hidden).softmax(-1)
+        x = x + drop(linear(p, f"blocks.{n}.out", drop(weight) @ v))
+        hidden_layer = linear(p, f"blocks.{n}.mlp.0", layer_norm(p, f"blocks.{n}.norm2", x)).clamp(min=0)
+        x = x + drop(linear(p, f"blocks.{n}.mlp.2", hidden_layer))
+    return linear(p, "head", layer_norm(p, "last_norm", x)).tanh()
+
+
+def test_update(small, monkeypatch):
+    """Eight steps, four of them of warm-up, with dropout drawn from the same states of torch's generator."""
+    states, sample = [], dt.sample_sequences
+
+    def sample_watched(*words):
+        seq = sample(*words)
+        states.append(torch.get_rng_state())
+        return seq
+
+    monkeypatch.setattr(dt, "MAX_STEPS", 300)  # all later steps look alike
+    monkeypatch.setattr(dt, "sample_sequences", sample_watched)
+    lr = 2**-9  # exact in float32, in which torch.optim counts the steps that warm-up depends on
+    changes = dict(context=13, dropout=0.2, weight_decay=0.03, warmup=4, clip=1.6, scale=50.0, lr=lr, seed=3)
+    traced = trace(dt, monkeypatch, arguments(dt, small, steps=8, batch_size=9, **changes))
+
+    obs, act, rew, next_obs, done = columns(small)
+    mean, std = obs.mean(0), obs.std(0) + 1e-3
+    obs = (obs - mean) / std
+    torch.testing.assert_close(traced.rows, table(obs, act, rew, (next_obs - mean) / std, done), rtol=1e-9, atol=1e-9)
+    whole = episodes(small)
+    parts = [table(rew[own].flip(0).cumsum(0).flip(0) / 50, torch.arange(len(rew[own]))) for own in whole]
+    steps = torch.cat([torch.cat(parts), obs, act], 1)  # return-to-go, time, obs, act of each
+    steps = torch.cat([steps, torch.zeros(1, 16)])  # row -1 is padding
+
+    p = leaves(traced.start["actor"])
+    opt = Adam(p, None, decay=0.03)
+    assert len(states) == len(traced.random) == 8
+    for step, ((_, firsts), state) in enumerate(zip(traced.random, states), 1):
+        ends = [next(own.stop for own in whole if i < own.stop) for i in firsts]
+        seen = [range(i, min(i + 13, end)) for i, end in zip(firsts.flatten().tolist(), ends)]
+        rows = torch.tensor([[-1] * (13 - len(own)) + list(own) for own in seen])
+        rtg, time, seq_obs, seq_act = steps[rows].split([1, 1, 11, 3], -1)
+        torch.set_rng_state(state)
+        pi = transformer(p, rtg, seq_obs, seq_act, time[..., 0].long().clamp(max=299), rows >= 0, 0.2)
+        loss = ((pi - seq_act) ** 2)[rows >= 0].mean()
+        opt.lr = lr * min(step / 4, 1)
+        opt.step(loss, clip=1.6)  # of which some are clipped
+    assert_same(p, traced.end["actor"])
+    assert traced.end["actor_opt"]["param_groups"][0]["lr"] == lr
 
 
 def test_heads(actor, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from test_scripts import assert_equal, stopped, trained
+from update import Adam, assert_same, columns, episodes, leaves, table, trace
 
 from algorithms import gail
 from datasets import Dataset, UserError, find_task
@@ -109,6 +110,75 @@ def test_play():
         torch.manual_seed(0)
         for one, other in zip(columns, gail.play(args, again, 7, data, gail.Actor(11, 3))):
             assert torch.equal(one, other)
+
+
+def tanh_net(params, x):
+    """A network of weights and biases, in their order: (..., in) -> (..., out)."""
+    *hidden, weight, bias = params.values()
+    for w, b in zip(hidden[::2], hidden[1::2]):
+        x = (x @ w.T + b).tanh()
+    return x @ weight.T + bias
+
+
+@pytest.mark.parametrize("reward", ["-logD", "log(1-D)", "sum"])
+def test_update(reward, small, monkeypatch):
+    """Three iterations, in which episodes end and are cut; what `play` returned is taken as it is."""
+    played, play = [], gail.play
+    monkeypatch.setattr(gail, "play", lambda *words: played.append((words[2], play(*words))) or played[-1][1])
+    changes = dict(gamma=0.9, gae_lambda=0.8, clip=0.1, lr=3e-3, epochs=2, seed=2, reward=reward)
+    changes |= dict(demos=5, every=7, disc_lr=0.02, disc_updates=4, grad_penalty=3.0, batch_size=32)
+    args = arguments(str(small), eval_env="", envs=3, horizon=40, steps=360, **changes)
+    traced = trace(gail, monkeypatch, args, task={"max_episode_steps": 18})
+
+    rng, whole = np.random.default_rng(2), [np.arange(20_000)[own] for own in episodes(small)]
+    rows = [whole[i] for i in rng.choice(len(whole), 5, replace=False)]
+    rows = np.concatenate([own[rng.integers(7) :: 7] for own in rows])
+    obs, act, rew, next_obs, done = (column[rows] for column in columns(small))
+    mean, std = obs.mean(0), obs.std(0) + 1e-3
+    expected = table((obs - mean) / std, act, rew, (next_obs - mean) / std, done)
+    torch.testing.assert_close(traced.rows, expected, rtol=1e-9, atol=1e-9)
+
+    actor, value, disc = (leaves(traced.start[name]) for name in ("actor", "value", "disc"))
+    assert [len(x) for net in (value, disc) for x in net.values()] == 2 * [100, 100, 100, 100, 1, 1]
+    actor_opt, value_opt, disc_opt = Adam(actor, None), Adam(value, None), Adam(disc, 0.02)
+    net = {name: x for name, x in actor.items() if name != "log_std"}
+    draws, batches = (x for _, x in traced.random), iter(traced.batches)
+    D = lambda pairs: tanh_net(disc, pairs)[..., 0].sigmoid()
+    V = lambda obs: tanh_net(value, obs)[..., 0]
+    pi = lambda obs: torch.distributions.Normal(tanh_net(net, obs), actor["log_std"].exp())
+    for step, (seed, (obs, act, next_obs, done, last)) in zip((120, 240, 360), played, strict=True):
+        assert seed == 200_000_000 + step and act.shape == (40, 3, 3) and 0 < done.sum() < last.sum() - 3
+        noise = torch.stack([next(draws) for _ in range(40)])
+        assert_same(act, pi(obs).mean + pi(obs).stddev * noise)
+        pairs = torch.cat([obs, act.clamp(-1, 1)], -1)
+        for _ in range(4):
+            batch, rows, share = next(batches), next(draws), next(draws)
+            ours, experts = pairs.reshape(120, 14)[rows], torch.cat([batch.obs, batch.act], 1)
+            between = (ours + share * (experts - ours)).requires_grad_()
+            (slope,) = torch.autograd.grad(tanh_net(disc, between).sum(), between, create_graph=True)
+            penalty = ((slope.norm(dim=1) - 1).clamp(min=0) ** 2).mean()
+            disc_opt.step(-D(ours).log().mean() - (1 - D(experts)).log().mean() + 3.0 * penalty)
+
+        with torch.no_grad():
+            p = D(pairs)
+            rew = (1 - 0.9) * {"-logD": -p.log(), "log(1-D)": (1 - p).log(), "sum": (1 / p - 1).log()}[reward]
+            delta = rew + 0.9 * (1 - done) * V(next_obs) - V(obs)
+            adv = torch.zeros(41, 3).double()
+            for t in reversed(range(40)):
+                adv[t] = delta[t] + 0.9 * 0.8 * (1 - last[t]) * adv[t + 1]
+            adv, ret = adv[:-1], adv[:-1] + V(obs)
+            adv = (adv - adv.mean()) / (adv.std() + 1e-8)
+            old = pi(obs).log_prob(act).sum(-1)
+        actor_opt.lr = value_opt.lr = 3e-3 * (1 - (step - 120) / 360)
+        for order in next(draws), next(draws):
+            for rows in (order[i : i + 32] for i in range(0, 120, 32)):
+                o, a, adv_, ret_, old_ = (column.flatten(0, 1)[rows] for column in (obs, act, adv, ret, old))
+                ratio = (pi(o).log_prob(a).sum(-1) - old_).exp()
+                actor_opt.step(-torch.min(ratio * adv_, ratio.clamp(0.9, 1.1) * adv_).mean())
+                value_opt.step(((V(o) - ret_) ** 2).mean())
+    for name, params in {"actor": actor, "value": value, "disc": disc}.items():
+        assert_same(params, traced.end[name], name)
+    assert traced.end["opt"]["param_groups"][0]["lr"] == pytest.approx(1e-3)
 
 
 PLACE = 0.4  # of the cart, where the expert keeps it

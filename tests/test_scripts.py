@@ -143,9 +143,10 @@ def test_steps_may_grow(small, tmp_path, monkeypatch):
     first, second = dataclasses.replace(args, steps=10), dataclasses.replace(args, resume=True)
     parts = trained(tmp_path, monkeypatch, "parts", (td3_bc.train, first), (td3_bc.train, second))
     assert_equal(whole["state"], parts["state"])
-    iql.train(arguments(iql, small, steps=10))
-    with pytest.raises(UserError, match="Cannot resume .* with other arguments: steps was 10"):
-        iql.train(arguments(iql, small, steps=20, resume=True))
+    for script in (iql, mopo, gail):
+        script.train(arguments(script, small, steps=20))
+        with pytest.raises(UserError, match="Cannot resume .* with other arguments: steps was 20"):
+            script.train(arguments(script, small, steps=40, resume=True))
 
 
 @pytest.mark.parametrize("script, opt, name", [(iql, "opt", "lr"), (mopo, "adam_opt", "actor_lr")])

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from results.run import Run
 
-RANDOM = ("randn_like", "rand_like", "randn", "rand", "randint")  # torch's functions that scripts draw with
+RANDOM = ("randn_like", "rand_like", "randn", "rand", "randint", "randperm")  # torch's functions that scripts draw with
 
 
 @dataclasses.dataclass
