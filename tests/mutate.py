@@ -60,6 +60,7 @@ EQUIVALENT = {
         r"^(1|args\.expectile) -> .* @ (if not 0 <|raise )": "test_bad_expectile of test_scripts",
     },
     "mopo": {
+        r"^-1 -> 1 @ model_rows = ": "the last of two axes",
         r"^10000 -> 10001": "how many rollouts go side by side, for want of memory",
         r"^if step == 1 -> if True": "a fit that has ended does not go on",
         r"^schedule=": "test_steps_may_grow of test_scripts",

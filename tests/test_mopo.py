@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_scripts import arguments, assert_equal, stopped, trained
-from update import Adam, assert_same, columns, leaves, mlp, polyak, q_values, table, trace
+from update import Adam, assert_same, columns, leaves, polyak, q_values, squashed, table, trace
 
 from algorithms import mopo
 from datasets import Batch, Dataset, UserError, find_task
@@ -104,16 +104,8 @@ def gaussians(p, obs, act):
     return p["y_std"] * mean, p["y_std"] * log_std.exp()
 
 
-def squashed(p, obs, noise):
-    """An action and its log density, by the change of variables."""
-    mean, log_std = mlp(p, obs).chunk(2, -1)
-    pi = torch.distributions.Normal(mean, log_std.clamp(-20, 2).exp())
-    u = mean + pi.stddev * noise
-    return u.tanh(), (pi.log_prob(u) - (1 - u.tanh() ** 2).log()).sum(-1)
-
-
-@pytest.mark.parametrize("penalty, model_lr, model_updates", [("std", 6e-4, 7), ("disagreement", 3e-4, 99)])
-def test_update(penalty, model_lr, model_updates, small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("penalty, model_lr, model_updates, B", [("std", 6e-4, 7, 36), ("disagreement", 3e-4, 99, 130)])
+def test_update(penalty, model_lr, model_updates, B, small, tmp_path, monkeypatch):
     """On shuffled data, whose steps are large: a fit that ends by --model-updates, or by patience; rollouts; SAC."""
     with h5py.File(small) as file, h5py.File(tmp_path / "tiny.hdf5", "w") as part:
         part.attrs.update(file.attrs)
@@ -122,7 +114,7 @@ def test_update(penalty, model_lr, model_updates, small, tmp_path, monkeypatch):
             part[name] = rng.permutation(column[:])[:150]
         part["terminals"][9::10] = True
     monkeypatch.setattr(mopo, "PATIENCE", 1)
-    changes = dict(gamma=0.9, tau=0.1, lr=1e-3, actor_lr=2**-10, h=3, lam=0.7, real_ratio=0.3, seed=2, batch_size=36)
+    changes = dict(gamma=0.9, tau=0.1, lr=1e-3, actor_lr=2**-10, h=3, lam=0.7, real_ratio=0.3, seed=2, batch_size=B)
     changes |= dict(penalty=penalty, model_lr=model_lr, model_updates=model_updates, keep=2)
     args = arguments(mopo, tmp_path / "tiny.hdf5", steps=8, rollouts=60, rollout_every=3, **changes)
     traced = trace(mopo, monkeypatch, args)
@@ -139,9 +131,10 @@ def test_update(penalty, model_lr, model_updates, small, tmp_path, monkeypatch):
     model = {"obs_mean": obs.mean(0), "obs_std": obs.std(0) + 1e-6, "y_std": y.std(0) + 1e-6} | learned
     opt, best_error, updates, epochs, stale = Adam(learned, model_lr), torch.full((7,), torch.inf).double(), 0, 0, 0
     while not stale and updates < model_updates:
-        for _ in range(min(120 // 36, model_updates - updates)):
-            batch = split(known[next(draws)])  # (7, 36, ...)
+        for _ in range(min(max(1, 120 // B), model_updates - updates)):
+            batch = split(known[next(draws)])  # (7, B, ...)
             mean, std = gaussians(model, *batch[:2])
+            assert mean.shape == (7, B, 12)
             loss = ((mean - outcome(*batch)) ** 2 / std**2 + (std**2).log()).mean((1, 2)).sum()
             for i, decay in enumerate((2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)):
                 loss = loss + decay / 2 * sum((x**2).sum() for key, x in learned.items() if f"layers.{i}." in key)
@@ -179,9 +172,10 @@ def test_update(penalty, model_lr, model_updates, small, tmp_path, monkeypatch):
                 imagined[place + 60 * i :][:60] = table(obs, act, rew, next_obs, fallen).detach()
                 obs = torch.where(fallen[:, None], next(batches).obs, next_obs).detach()
 
-        of_model = imagined[next(draws)]
-        obs, act, rew, next_obs, done = split(torch.cat([rows[next(draws)], of_model]))
-        assert (len(obs), len(of_model)) == (36, 26)
+        of_model, of_data = next(draws), next(draws)
+        assert (len(of_model), len(of_data)) == (B - int(0.3 * B), int(0.3 * B))
+        assert (of_model.max() < 180) == (step < 3)  # until the second rollouts
+        obs, act, rew, next_obs, done = split(torch.cat([rows[of_data], imagined[of_model]]))
         alpha = log_alpha.exp().item()
         next_act, next_log_prob = squashed(actor, next_obs, next(draws))
         next_v = q_values(target, next_obs, next_act).min(0).values - alpha * next_log_prob
