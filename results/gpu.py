@@ -120,7 +120,7 @@ def measure(args, out, deadline):
 
 def train(args, out, deadline):
     """Cells, AT_ONCE at a time. When time is up the rest are interrupted, and save."""
-    waiting, running = [], {}
+    waiting, running, at_once = [], {}, 1 if args.device == "cpu" else AT_ONCE
     for env in ENVS:
         data = fingerprint(find_task(env), plan(find_task(env)))
         for algo, times in ALGOS.items():
@@ -132,7 +132,7 @@ def train(args, out, deadline):
                 waiting.append(job)
     stopping = False
     while running or (waiting and not stopping):
-        ready = [job for job in waiting if at_hand(job.env)][: 0 if stopping else AT_ONCE - len(running)]
+        ready = [job for job in waiting if at_hand(job.env)][: 0 if stopping else at_once - len(running)]
         for job in ready:
             waiting.remove(job)
             log = (out / f"cell-{job.name.replace(' ', '-')}.log").open("w+b")
