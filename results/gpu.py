@@ -174,7 +174,8 @@ def take(path):
     for name in records:
         (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
         write_whole(ROOT / name, texts[name])
-    print(f"{len(records)} records, bench.json, gpu_tests.txt: results/; 'make results' draws them.")
+    others = [name for name in ("bench.json", "tests.txt") if name in texts]
+    print(f"Filed in results/: {', '.join([f'{len(records)} records', *others])}; 'make results' draws them.")
 
 
 def main(args):

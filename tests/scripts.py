@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 class Script:
     family: str  # one of FAMILIES
     lines: int  # at most, its docstring included
-    updates: int  # of one agent, about ten seconds on two cores: what the bench trains
     acts: bool = False  # while it learns: then its --steps are the environment's, and a seed is a process
     quick: dict = field(default_factory=dict)  # arguments that spare tests time, and use more of the code
 
@@ -19,23 +18,19 @@ class Script:
 FAMILIES = ("imitation", "why offline fails", "policy constraint", "pessimism", "in-sample", "model-based", "sequence")
 FAMILIES += ("generative", "offline-to-online", "evaluation", "preferences")
 SCRIPTS = {
-    "bc": Script("imitation", 150, 6000),
-    "gail": Script("imitation", 200, 16_000, acts=True, quick={"envs": 2, "horizon": 10, "eval_every": 20}),
-    "sac": Script(
-        "why offline fails", 200, 1500, acts=True, quick={"env": "hopper", "start_steps": 70, "eval_every": 100}
-    ),
-    "offline_sac": Script("why offline fails", 195, 1000),
-    "awac": Script("policy constraint", 200, 1000),
-    "td3_bc": Script("policy constraint", 190, 2000),
-    "rebrac": Script("policy constraint", 225, 200),  # 25 lines of it are TUNED
-    "cql": Script("pessimism", 260, 200, quick={"n_actions": 2, "critic_layers": 1, "threshold": 5.0, "bc_steps": 5}),
-    "sac_n": Script("pessimism", 210, 200, quick={"n_critics": 4}),
-    "edac": Script("pessimism", 220, 100, quick={"n_critics": 4}),
-    "iql": Script("in-sample", 200, 1500),
-    "xql": Script("in-sample", 225, 1500),  # 20 lines of it are TUNED
-    "sql": Script("in-sample", 215, 1500),
-    "mopo": Script(
-        "model-based", 374, 1000, quick={"rollouts": 40, "rollout_every": 5, "keep": 2, "model_updates": 20}
-    ),
-    "dt": Script("sequence", 280, 100, quick={"context": 5}),
+    "bc": Script("imitation", 150),
+    "gail": Script("imitation", 200, acts=True, quick={"envs": 2, "horizon": 10, "eval_every": 20}),
+    "sac": Script("why offline fails", 200, acts=True, quick={"env": "hopper", "start_steps": 70, "eval_every": 100}),
+    "offline_sac": Script("why offline fails", 195),
+    "awac": Script("policy constraint", 200),
+    "td3_bc": Script("policy constraint", 190),
+    "rebrac": Script("policy constraint", 225),  # 25 lines of it are TUNED
+    "cql": Script("pessimism", 260, quick={"n_actions": 2, "critic_layers": 1, "threshold": 5.0, "bc_steps": 5}),
+    "sac_n": Script("pessimism", 210, quick={"n_critics": 4}),
+    "edac": Script("pessimism", 220, quick={"n_critics": 4}),
+    "iql": Script("in-sample", 200),
+    "xql": Script("in-sample", 225),  # 20 lines of it are TUNED
+    "sql": Script("in-sample", 215),
+    "mopo": Script("model-based", 374, quick={"rollouts": 40, "rollout_every": 5, "keep": 2, "model_updates": 20}),
+    "dt": Script("sequence", 280, quick={"context": 5}),
 }

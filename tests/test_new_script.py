@@ -37,7 +37,7 @@ def test_made_up_script(project, small):
     first, usage = path.read_text().splitlines()[0], "python algorithms/td3_bc.py"
     name = '"""Made-Up: A Paper That Nobody Wrote (Nobody 2030), arXiv:3001.00001.'
     change(path, (first, name), (usage, "python algorithms/made_up.py"), ("alpha: float = 2.5", "alpha: float = 3.5"))
-    row = '    "made_up": Script("policy constraint", 190, 2000),\n'
+    row = '    "made_up": Script("policy constraint", 190),\n'
     change(project / "tests" / "scripts.py", ('    "rebrac"', f'{row}    "rebrac"'))
 
     words = "--env", small, "--steps", 20, "--eval-every", 20, "--eval-episodes", 1, "--record"

@@ -176,7 +176,7 @@ def test_a_new_algorithm(folder, monkeypatch):
     shutil.copytree(ROOT / "algorithms", folder / "algorithms")
     (folder / "algorithms" / "rnd.py").write_text('"""SAC-RND: Anti-Exploration by RND: a paper, arXiv:0."""\n')
     monkeypatch.setattr(records, "ROOT", folder)
-    monkeypatch.setitem(SCRIPTS, "rnd", Script("pessimism", 100, 100))
+    monkeypatch.setitem(SCRIPTS, "rnd", Script("pessimism", 100))
     for algorithm in ("td3_bc", "iql", "rnd"):
         write(folder, "seed=0", algorithm=algorithm, steps=100_000)
     cells = cells_in(folder)

@@ -39,7 +39,7 @@ def test_table():
     for name in FOUND:
         assert name in SCRIPTS, (
             f"algorithms/{name}.py has no row in tests/scripts.py: add "
-            f'"{name}": Script(family, lines, updates), from which tests, tables and bench know it.'
+            f'"{name}": Script(family, lines), from which tests, tables and bench know it.'
         )
     for name in SCRIPTS:
         assert name in FOUND, f"tests/scripts.py has a row of {name}, but there is no algorithms/{name}.py: remove it."
