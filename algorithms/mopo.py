@@ -59,7 +59,7 @@ class Args:
     rollout_every: int = 1_000  # updates
     keep: int = 5  # the model transitions of so many times are kept
     model_lr: float = 1e-3  # of the dynamics
-    model_updates: int = 20_000  # of the dynamics, at most; they end when for 5 epochs no network becomes 1 % better
+    model_updates: int = 1_000_000  # of the dynamics, at most: they end when for 5 epochs no network becomes 1 % better
 
 
 TUNED = {  # "" for all tasks, then by family, then by task: OfflineRL-Kit's run_mopo.py, for random data the paper's
