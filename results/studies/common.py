@@ -1,9 +1,11 @@
 """What the studies share: they run the scripts, read their checkpoints, and keep what they have measured.
 
-Training runs and single measurements lie in runs/studies/ (git-ignored), where an interrupted study goes on. A whole
+Training runs and single measurements lie in runs/studies/ (git-ignored), where an interrupted study goes on; each is
+known by its settings, so that one made with others is never taken for it, and holds the commit that made it. A whole
 study is one JSON file beside its script, from which `make results` draws its picture and writes its findings.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -20,24 +22,30 @@ from results.checkpoint import load_agent
 from results.run import ROOT, code_version
 
 STUDIES = ROOT / "results" / "studies"
+SEEDS = 0, 1, 2
 
 
-def once(study, name, measure):
-    """`measure()`, a value that JSON can hold; from its file if it has been measured before."""
-    path = runs_of(study, f"{name}.json")
+def once(study, name, settings, measure):
+    """`measure()`, a dict that JSON can hold, and the commit that it was made with; from its file if it has been
+    measured before with the same settings (whatever JSON can hold: all that the result depends on but the code).
+    """
+    path = runs_of(study, name, settings).with_suffix(".json")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(measure()).encode())
+        write_whole(path, json.dumps(measure() | {"commit": code_version()}).encode())
     return json.loads(path.read_text())
 
 
-def runs_of(study, name):
-    return Path(os.environ.get("RUNS_DIR", ROOT / "runs")) / "studies" / study / name.replace(" ", "_")
+def runs_of(study, name, settings):
+    """Where a study keeps the run or measurement of this name and these settings; other settings, another place."""
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    runs = Path(os.environ.get("RUNS_DIR", ROOT / "runs"))
+    return runs / "studies" / study / f"{name}-{digest}".replace(" ", "_").replace(".", "_")
 
 
 def train(study, name, script, steps, *words):
     """Trains `script` up to `steps` with the command-line words, going on from its own checkpoint; the checkpoint."""
-    runs = runs_of(study, name)
+    runs = runs_of(study, name, [script, *words])
     command = [sys.executable, ROOT / "algorithms" / f"{script}.py", "--source", "collected", "--steps", steps, *words]
     command += ["--resume"] * any(runs.rglob("checkpoint.pt"))
     print(" ".join(map(str, command[1:])), flush=True)
@@ -86,13 +94,26 @@ def value_and_truth(checkpoint, episodes=10):
 
 
 def keep(study, **result):
-    """Writes the study's file, with the commit that measured it."""
-    (STUDIES / f"{study}.json").write_text(json.dumps({"commit": code_version(), **result}) + "\n")
+    """Writes the study's file."""
+    (STUDIES / f"{study}.json").write_text(json.dumps(result) + "\n")
     print(f"Written: results/studies/{study}.json; 'make results' draws it.")
 
 
 def kept(study):
     return json.loads((STUDIES / f"{study}.json").read_text())
+
+
+def mean_std(values):
+    """"43.1 ± 0.4" of the seeds' values, or "43.1" of one."""
+    deviation = f" ± {np.std(values, ddof=1):,.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):,.1f}{deviation}"
+
+
+def beyond(high, low):
+    """Whether the seeds' values `high` lie above `low` by more than both spreads together; one seed cannot say it."""
+    if min(len(high), len(low)) < 2:
+        return False
+    return np.mean(high) - np.mean(low) > np.std(high, ddof=1) + np.std(low, ddof=1)
 
 
 def save_figure(figure, study):
