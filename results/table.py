@@ -27,7 +27,7 @@ def comparisons(cells, published):
     for group in grouped(compared(cells), "source", "steps").values():
         section = f"### {scores.caption(group)}\n\n{scores.grid(group, published)}\n\n{summary.table(group)}"
         if order := agreement.lines(group, published):
-            section += f"\n\nSpearman's correlation of our order with the published one:\n\n{order}"
+            section += f"\n\nSpearman's correlation of our order with the published:\n\n{order}"
         sections.append(section)
     return "\n\n".join(sections)
 

@@ -108,7 +108,8 @@ def test_a_record_of_an_unknown_script(folder):
 
 
 def test_grid(folder):
-    """Algorithms by family; no other arguments or tasks; the deviation over seeds, and the published score."""
+    """Algorithms by family; no other arguments or tasks; the deviation over seeds, and the published scores: the last,
+    and what a published curve has after as many updates, if there is one."""
     write(folder, "seed=0", seed=0, score=20.0)
     write(folder, "seed=1", seed=1, score=24.0)
     write(folder, "seed=0,lr=0.1", seed=0, score=99.0)
@@ -117,7 +118,8 @@ def test_grid(folder):
     write(folder, "seed=0", algorithm="gail", score=98.0)  # which acts while it learns
     cells = compared(cells_in(folder), least=1000)
     assert not compared(cells_in(folder))  # none has 100,000 updates
-    lines = scores.grid(cells, read_published()).splitlines()
+    published = read_published() | {("TD3+BC", "hopper-medium", 1000): {"mean": "7.25"}}
+    lines = scores.grid(cells, published).splitlines()
     heads = [part.strip() for part in lines[0].strip("|").split("|")]
     assert heads[0] == "<sub>algorithm</sub>" and heads[10] == "<sub>mean</sub>" and len(heads) == 11
     assert heads[1] == "<sub>half-<br>cheetah<br>medium</sub>" and heads[5] == "<sub>hopper<br>medium<br>replay</sub>"
@@ -125,8 +127,8 @@ def test_grid(folder):
         "| <sub>**imitation**</sub> |" + "  |" * 10,
         "| BC<br><sub>± seeds</sub><br><sub>published</sub> | 2.0<br><sub></sub><br><sub>42.4</sub> |" + "  |" * 9,
         "| <sub>**policy constraint**</sub> |" + "  |" * 10,
-        "| TD3+BC<br><sub>± seeds</sub><br><sub>published</sub> |  |  |  "
-        "| 22.0<br><sub>±2.8 2 seeds</sub><br><sub>60.4</sub> |" + "  |" * 6,
+        "| TD3+BC<br><sub>± seeds</sub><br><sub>then</sub><br><sub>published</sub> |  |  |  "
+        "| 22.0<br><sub>±2.8 2 seeds</sub><br><sub>7.2</sub><br><sub>60.4</sub> |" + "  |" * 6,
     ]
     assert scores.caption(cells) == "1,000 updates, collected data, 1 seed where no other number is given"
 
@@ -183,7 +185,7 @@ def test_a_new_algorithm(folder, monkeypatch):
     assert [cell.name for cell in cells] == ["TD3+BC", "SAC-RND", "IQL"]  # by family
     text = scores.table(cells, read_published(), [])
     assert "| <sub>**pessimism**</sub> |" in text
-    assert "| SAC-RND<br><sub>± seeds</sub><br><sub></sub> |" in text  # nothing is published
+    assert "| SAC-RND<br><sub>± seeds</sub> |" in text  # nothing is published
     assert "| SAC-RND | collected | 100,000 | 1 | 1 | 10.0 |  |" in summary.table(compared(cells))
     assert "| hopper-medium | SAC-RND |" in runs.cells_table(cells, read_published())
     assert "| hopper-medium | SAC-RND |" in runs.runs_table(cells)
@@ -195,7 +197,7 @@ def test_names_are_those_of_the_docstrings():
     names = [records.display_name(script) for script in SCRIPTS]
     assert len(set(names)) == len(names) and all(0 < len(name) < 24 for name in names)
     assert (names[0], records.display_name("offline_sac"), records.display_name("sac")) == ("BC", "Offline SAC", "SAC")
-    assert {name for name, _ in read_published()} <= {*names, records.TENTH}
+    assert {name for name, *_ in read_published()} <= {*names, records.TENTH}
 
 
 def test_imitation(folder):
@@ -232,10 +234,13 @@ def test_rank_agreement(folder):
         write(folder, "seed=0", algorithm=algorithm, score=score)
         write(folder, "seed=0", algorithm=algorithm, score=score if algorithm != "bc" else 0.0, env="walker2d-medium")
     write(folder, "seed=0", algorithm="bc", env="halfcheetah-medium")
-    lines = agreement.lines(cells_in(folder), read_published()).splitlines()
+    then = {"BC": "3", "TD3+BC": "1", "IQL": "2"}  # after 1,000 updates, on hopper-medium alone
+    then = {(name, "hopper-medium", 1000): {"mean": mean} for name, mean in then.items()}
+    lines = agreement.lines(cells_in(folder), read_published() | then).splitlines()
     assert lines == [
-        "- hopper-medium (collected): -0.50, of TD3+BC, IQL, BC",
-        "- walker2d-medium (collected): 0.50, of BC, TD3+BC, IQL",
+        "- hopper-medium (collected): after 1,000 updates 1.00, of TD3+BC, IQL, BC; last -0.50, of TD3+BC, IQL, BC",
+        "- walker2d-medium (collected): last 0.50, of BC, TD3+BC, IQL",
+        "- mean (collected): after 1,000 updates 1.00 of 1 task; last 0.00 of 2 tasks",
     ]
 
 
@@ -256,9 +261,10 @@ def test_fill():
 
 
 def test_published_scores_have_sources():
-    rows = read_published().values()
-    assert len(rows) == 12 * 9  # algorithms x tasks
-    assert all(row["source"] and row["note"] for row in rows)
+    rows = read_published()
+    assert sum(len(key) == 2 for key in rows) == 12 * 9  # algorithms x tasks
+    assert sum(len(key) == 3 for key in rows) == 8 * 9 * 7 - 3 * 9  # x updates, of DT up to 50,000
+    assert all(row["source"] and row["note"] for row in rows.values())
 
 
 def test_speed_tables(tmp_path, monkeypatch):

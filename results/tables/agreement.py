@@ -1,4 +1,4 @@
-"""Of each task with three algorithms or more: Spearman's correlation of our order with the published one."""
+"""Of each task with three algorithms or more: Spearman's correlation of our order with the published ones."""
 
 from collections import defaultdict
 
@@ -9,16 +9,27 @@ from results.tables.records import grouped
 
 
 def lines(cells, published):
-    """A line of a list for each task, source and number of updates; the algorithms from the lowest score up."""
+    """Items of a list for each task, source and number of updates, and the means over the tasks: with what published
+    curves have after as many updates, and with the published last scores. The algorithms from the lowest score up.
+    """
     found = []
-    for group in grouped(cells, "source", "steps").values():
-        tasks = defaultdict(dict)
+    for (source, steps), group in grouped(cells, "source", "steps").items():
+        tasks, after = defaultdict(dict), f"after {steps:,} updates"
         for cell in group:
-            if (cell.name, cell.env) in published:
-                tasks[cell.env, cell.source][cell.name] = np.mean(cell.scores)
-        for (env, source), ours in tasks.items():
-            if len(ours) >= 3:
-                theirs = [float(published[name, env]["mean"]) for name in ours]
-                rho = spearmanr(list(ours.values()), theirs).statistic
-                found.append(f"- {env} ({source}): {rho:.2f}, of {', '.join(sorted(ours, key=ours.get))}")
+            tasks[cell.env][cell.name] = np.mean(cell.scores)
+        sums = {after: [], "last": []}
+        for env, scores in tasks.items():
+            words = []
+            for which, key in ((after, (steps,)), ("last", ())):
+                ours = {name: score for name, score in scores.items() if (name, env, *key) in published}
+                if len(ours) < 3:
+                    continue
+                theirs = [float(published[name, env, *key]["mean"]) for name in ours]
+                sums[which].append(spearmanr(list(ours.values()), theirs).statistic)
+                words.append(f"{which} {sums[which][-1]:.2f}, of {', '.join(sorted(ours, key=ours.get))}")
+            if words:
+                found.append(f"- {env} ({source}): {'; '.join(words)}")
+        means = [f"{which} {np.mean(x):.2f} of {len(x)} task{'s' * (len(x) > 1)}" for which, x in sums.items() if x]
+        if means:
+            found.append(f"- mean ({source}): {'; '.join(means)}")
     return "\n".join(found)

@@ -1,4 +1,5 @@
-"""The picture of the learning curves: mean score, the seeds' range shaded, the published score at the right edge."""
+"""The picture of the learning curves: mean score, the seeds' range shaded; dots: the published curve, where there is
+one, and a triangle at the right edge: the published last score."""
 
 import matplotlib
 
@@ -33,6 +34,9 @@ def draw(cells, published, path):
             style = dict(color=colors[i], linestyle=STYLES[i % len(STYLES)])
             axis.plot(steps, scores.mean(0), label=cell.name, **style)
             axis.fill_between(steps, scores.min(0), scores.max(0), color=colors[i], alpha=0.12, linewidth=0)
+            marks = [step for step in range(10_000, cell.steps + 1, 10_000) if (cell.name, cell.env, step) in published]
+            means = [float(published[cell.name, cell.env, step]["mean"]) for step in marks]
+            axis.plot(marks, means, "o", color=colors[i], markersize=3.5, markeredgecolor="white", markeredgewidth=0.4)
             if row := published.get((cell.name, cell.env)):
                 edge = axis.get_yaxis_transform()  # x: 0 to 1 from edge to edge; y: a score
                 axis.plot(1.0, float(row["mean"]), "<", color=colors[i], transform=edge, clip_on=False, markersize=8)
@@ -42,7 +46,7 @@ def draw(cells, published, path):
         axis.grid(alpha=0.3)
     lines = {line.get_label(): line for axis in axes.flat for line in axis.lines if line.get_label() in names}
     figure.legend([lines[name] for name in names], names, loc="lower center", ncols=8, frameon=False)
-    figure.text(0.995, 0.005, "triangles: published, D4RL's data", ha="right", fontsize=8, color="gray")
+    figure.text(0.995, 0.005, "published, D4RL's data: dots after as many updates (v0), triangles last (v2)", ha="right", fontsize=8, color="gray")
     figure.tight_layout(rect=(0, 0.3 * -(-len(names) // 8) / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)

@@ -108,7 +108,14 @@ def grouped(cells, *fields):
     return {key: groups[key] for key in sorted(groups)}
 
 
-def read_published(file=RESULTS / "reference.csv"):
-    """(algorithm, task) -> row of the file: mean, std, source, note."""
-    with file.open() as lines:
-        return {(row["algorithm"], row["env"]): row for row in csv.DictReader(lines)}
+def read_published():
+    """(algorithm, task) -> the published score, and (algorithm, task, updates) -> what a published curve has after so
+    many updates; each a row of its file: mean, std, source, note.
+    """
+    rows = {}
+    for name in ("reference.csv", "published_curves.csv"):
+        with (RESULTS / name).open() as lines:
+            for row in csv.DictReader(lines):
+                updates = (int(row["updates"]),) if "updates" in row else ()
+                rows[row["algorithm"], row["env"], *updates] = row
+    return rows

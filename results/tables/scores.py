@@ -1,4 +1,5 @@
-"""The first table: algorithms by family x the nine locomotion tasks, ours above the published score.
+"""The first table: algorithms by family x the nine locomotion tasks, ours above the published scores: what a published
+curve has after as many updates, and the last one.
 
 One table for each data source and number of updates: nothing else is comparable.
 """
@@ -33,20 +34,26 @@ def caption(cells):
 
 
 def grid(cells, published):
-    """Of cells of one source and number of updates."""
+    """Of cells of one source and number of updates. A cell has the lines that its row's label names."""
     usual = usual_seeds(cells)
+    small = lambda words: "".join(f"<br><sub>{word}</sub>" for word in words)
     rows = []
     for (_, name), own in grouped(cells, "place", "name").items():
-        ours = {cell.env: cell for cell in own}
-        theirs = {env: float(published[name, env]["mean"]) for env in TASKS if (name, env) in published}
-        row = [entry(ours[env].scores, usual, theirs.get(env)) if env in ours else "" for env in TASKS]
-        mean = ""
-        if len(ours) == len(TASKS):
-            their_mean = f"{np.mean(list(theirs.values())):.1f}" if len(theirs) == len(TASKS) else ""
-            mean = f"{np.mean([np.mean(cell.scores) for cell in own]):.1f}<br><sub></sub><br><sub>{their_mean}</sub>"
-        label = f"{name}<br><sub>± seeds</sub><br><sub>{'published' * bool(theirs)}</sub>"
-        rows.append((f"<sub>**{own[0].family}**</sub>", [label, *row, mean]))
-    # Narrow columns, so that all fit into GitHub's page: short lines in the heads, and three in each cell.
+        ours = {cell.env: np.mean(cell.scores) for cell in own}
+        lines = {"± seeds": {cell.env: spread(cell.scores, usual) for cell in own}}
+        for title, updates in (("then", own[0].steps), ("published", None)):
+            keys = {env: (name, env, updates) if updates else (name, env) for env in TASKS}
+            theirs = {env: float(published[key]["mean"]) for env, key in keys.items() if key in published}
+            if theirs:
+                theirs |= {"mean": np.mean(list(theirs.values()))} if len(theirs) == len(TASKS) else {}
+                lines[title] = {env: f"{score:.1f}" for env, score in theirs.items()}
+        ours |= {"mean": np.mean(list(ours.values()))} if len(ours) == len(TASKS) else {}
+        row = [
+            f"{ours[env]:.1f}" + small(line.get(env, "") for line in lines.values()) if env in ours else ""
+            for env in (*TASKS, "mean")
+        ]
+        rows.append((f"<sub>**{own[0].family}**</sub>", [name + small(lines), *row]))
+    # Narrow columns, so that all fit into GitHub's page: short lines in the heads, and in each cell.
     heads = [env.replace("-", "<br>") for env in TASKS]
     heads = [head.replace("halfcheetah", "half-<br>cheetah").replace("walker2d", "walker<br>2d") for head in heads]
     return markdown(
@@ -54,12 +61,11 @@ def grid(cells, published):
     )
 
 
-def entry(scores, usual, published):
-    """Three lines, as the row's label has them: score, deviation over seeds, published score."""
-    spread = f"±{np.std(scores, ddof=1):.1f}" if len(scores) > 1 else ""
+def spread(scores, usual):
+    """The deviation over seeds, and how many they are where that is not the usual number."""
+    deviation = f"±{np.std(scores, ddof=1):.1f}" if len(scores) > 1 else ""
     seeds = f"{len(scores)} seed{'s' * (len(scores) > 1)}" if len(scores) != usual else ""
-    theirs = "" if published is None else f"{published:.1f}"
-    return f"{np.mean(scores):.1f}<br><sub>{' '.join(filter(None, (spread, seeds)))}</sub><br><sub>{theirs}</sub>"
+    return " ".join(filter(None, (deviation, seeds)))
 
 
 def table(cells, published, datasets):
