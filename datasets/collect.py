@@ -2,7 +2,8 @@
 
 D4RL's protocol for locomotion: actions are sampled from SAC policies, "random" is an untrained one, "medium" one
 stopped early, "expert" one trained to the end, "medium-expert" both; for "medium-replay", which in D4RL is the replay
-buffer of the medium policy's training, snapshots along that training act. Sizes are D4RL's. Mazes: tasks/mazes.py.
+buffer of the medium policy's training, snapshots along that training act. Sizes are D4RL's. Mazes: tasks/mazes.py and
+tasks/maze2d.py.
 
 Usage: python datasets/collect.py --env halfcheetah-medium
        python datasets/collect.py --all
@@ -33,15 +34,16 @@ from datasets.catalog import UserError, find_task
 from datasets.dataset import Dataset
 from datasets.processes import cores, end_with
 from datasets.store import cache_dir, cached, read_hdf5, write_hdf5
-from datasets.tasks import mazes
+from datasets.tasks import maze2d, mazes
 
 POLICIES = Path(__file__).resolve().parent / "policies"
-PROTOCOL = 1  # to be raised with every change here or in tasks/mazes.py that changes the transitions
+PROTOCOL = 1  # to be raised with every change here or in tasks/maze*.py that changes the transitions
 SHARD = 20_000  # transitions that one job collects; fixed, so that the data do not depend on the number of workers
 ENVS = 10  # environments that one job steps together, with one call of the policy
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
 COLLECTED = [f"{body}-{quality}" for body in ("halfcheetah", "hopper", "walker2d") for quality in QUALITIES]
-COLLECTED += list(mazes.MAPS)
+CONTROLLED = dict.fromkeys(mazes.SIZES, mazes) | dict.fromkeys(maze2d.SIZES, maze2d)  # by a controller: no policy
+COLLECTED += list(CONTROLLED)
 REPLAY_SIZES = {"halfcheetah": 202_000, "hopper": 402_000, "walker2d": 302_000}
 
 
@@ -74,8 +76,8 @@ def plan(task, transitions=0):
     """
     if task.name not in COLLECTED:
         raise UserError(f"{task.name} cannot be collected here, only {', '.join(COLLECTED)}.")
-    if task.name in mazes.MAPS:
-        total = transitions or mazes.SIZES[task.name]
+    if task.name in CONTROLLED:
+        total = transitions or CONTROLLED[task.name].SIZES[task.name]
         return [(None, size, seed) for seed, size in enumerate(spread(total, -(-total // SHARD)))]
     body, quality = task.name.split("-", 1)
     table = tomllib.loads((POLICIES / "policies.toml").read_text())
@@ -118,6 +120,8 @@ def fingerprint(task, jobs):
         controller = mazes.NOISE, mazes.NEAR, mazes.STAY, mazes.TRIPS.get(task.name)
         as_collected = dataclasses.asdict(task) | {"env_id": env_id, "rew_shift": 0.0}  # scripts shift, not the data
         digest.update(json.dumps([controller, as_collected]).encode())
+    if task.name in maze2d.SIZES:
+        digest.update(json.dumps([task.env_args, maze2d.NOISE, maze2d.REACHED, maze2d.CUT]).encode())
     for file, size, seed in jobs:
         digest.update(f"{size} {seed}".encode() + (file.read_bytes() if file else b""))
     return digest.hexdigest()[:12]
@@ -145,8 +149,8 @@ def rollout(task, file, transitions, seed):
 
     Episodes count in the order of their start, not of their end, or short ones would be preferred.
     """
-    if task.name in mazes.MAPS:
-        return mazes.rollout(task, transitions, seed)
+    if task.name in CONTROLLED:
+        return CONTROLLED[task.name].rollout(task, transitions, seed)
     policy, rng = load_policy(file), np.random.default_rng([seed, 0])
     envs = [task.make_env() for _ in range(ENVS)]
     episodes, current = [], [None] * ENVS  # lists of rows in the order of their start; the one each environment is in
@@ -226,7 +230,7 @@ def main(args):
         if args.minari:
             from datasets.minari_io import export_minari
 
-            export_minari(data, args.minari, "waypoint controller" if name in mazes.MAPS else "SAC")
+            export_minari(data, args.minari, "waypoint controller" if name in CONTROLLED else "SAC")
 
 
 if __name__ == "__main__":

@@ -106,16 +106,23 @@ def main():
         rows.append({**statistics(data), "d4rl_file": data.task.d4rl_file})
         if data.task.name in mazes.MAPS:
             in_mazes.append(data)
-    print(dataset_table(rows))
+    # A collected dataset that is not at hand keeps its row, if it would be collected the same.
+    file = FOLDER / "statistics.json"
+    known = {row["fingerprint"]: row for row in json.loads(file.read_text())} if file.exists() else {}
     for task in tasks:
         if not collected_file(task).exists():
             print(f"not at hand: python datasets/collect.py --env {task.name}")
+            if row := known.get(collected_file(task).stem.split("-")[-1]):
+                rows.append(row)
+    rows.sort(key=lambda row: COLLECTED.index(row["task"]) if row["source"] == "collected" else len(COLLECTED))
+    print(dataset_table(rows))
     lines = ",\n".join(json.dumps(row) for row in rows)
-    (FOLDER / "statistics.json").write_text(f"[\n{lines}\n]\n")
+    file.write_text(f"[\n{lines}\n]\n")
     draw_returns(rows)
-    if in_mazes:
+    # A picture of all mazes is not replaced by one of some.
+    if new := bool(in_mazes) and (len(in_mazes) == len(mazes.MAPS) or not (FOLDER / "mazes.png").exists()):
         draw_mazes(in_mazes)
-    print(f"Written: statistics.json, returns.png{', mazes.png' * bool(in_mazes)} in {FOLDER}")
+    print(f"Written: statistics.json, returns.png{', mazes.png' * new} in {FOLDER}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ LAYERS = [
     {"datasets.dataset"},
     {"datasets.vector_env"},
     {"datasets.catalog"},
+    {"datasets.tasks.maze2d"},
     {"datasets.tasks.d4rl_envs"},
     {"datasets.tasks.mazes"},
     {"datasets.processes", "datasets.action_log"},

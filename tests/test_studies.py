@@ -10,6 +10,7 @@ import tyro
 from algorithms import cql, mopo, td3_bc
 from datasets import Dataset, UserError, find_task
 from results.checkpoint import load_checkpoint
+from results.run import code_version
 from results.studies import (
     common,
     cql_alpha,
@@ -47,15 +48,17 @@ def in_process(monkeypatch):
 
 
 def test_once():
-    """A second call reads what the first measured; one that failed has left nothing."""
+    """A second call reads what the first measured, with its commit; other settings are measured anew; one that failed
+    has left nothing."""
     with pytest.raises(ZeroDivisionError):
-        once("study", "a run", lambda: 1 / 0)
-    assert once("study", "a run", lambda: {"score": 0.1 + 0.2}) == {"score": 0.1 + 0.2}
-    assert once("study", "a run", lambda: 1 / 0) == {"score": 0.1 + 0.2}
-    assert once("study", "a run 0.7", lambda: 5) == 5
-    assert once("study", "a run 0.9", lambda: 6) == 6
-    names = ["a_run.json", "a_run_0.7.json", "a_run_0.9.json"]
-    assert sorted(path.name for path in runs_of("study", "x").parent.iterdir()) == names
+        once("study", "a run", [1], lambda: 1 / 0)
+    first = once("study", "a run", [1], lambda: {"score": 0.1 + 0.2})
+    assert first == {"score": 0.1 + 0.2, "commit": code_version()}
+    assert once("study", "a run", [1], lambda: 1 / 0) == first
+    assert once("study", "a run", [2], lambda: {"score": 5})["score"] == 5
+    assert once("study", "another run 0.7", [1], lambda: {"score": 6})["score"] == 6
+    assert once("study", "a run", [1], lambda: 1 / 0) == first
+    assert len(list(runs_of("study", "x", []).parent.iterdir())) == 3
 
 
 def test_train_goes_on(small, in_process):
@@ -66,6 +69,14 @@ def test_train_goes_on(small, in_process):
     assert [point["step"] for point in second["curve"]] == [10, 20]
     with pytest.raises(UserError, match="bc.py stopped; 'make studies' goes on"):
         train("study", "a run", "bc", 15, *words)
+    other = load_checkpoint(train("study", "a run", "bc", 5, *words, "--lr", 1e-2))  # not the same run
+    assert other["step"] == 5 and other["args"]["lr"] == 1e-2
+
+
+def test_spreads():
+    assert (common.mean_std([3.0]), common.mean_std([1.0, 3.0])) == ("3.0", "2.0 ± 1.4")
+    assert common.beyond([10, 12], [5, 7]) and not common.beyond([10, 12], [8, 10])
+    assert not common.beyond([10], [0]) and not common.beyond([5, 7], [10, 12])
 
 
 @pytest.mark.parametrize("module, words", [(td3_bc, ()), (cql, ("--n-actions", 2, "--critic-layers", 2))])
@@ -128,11 +139,22 @@ def test_findings_of_extrapolation(expected, folder):
 
 @pytest.mark.parametrize("expected", [True, False])
 def test_findings_of_cql_alpha(expected, folder):
-    rows = [(0.1, -1, 5000, 10), (1, 45, 300, 290), (10, 41 if expected else 50, 200 if expected else 400, 280)]
-    points = [dict(zip(("alpha", "score", "promise", "truth"), row)) for row in rows]
-    common.keep(cql_alpha.STUDY, clone={"score": 40}, points=points)
-    verdicts = [sentence.split(". ")[1][:6] for sentence in cql_alpha.findings()]
-    assert verdicts == (["So it "] * 2 if expected else ["Not so"] * 2)
+    rows = [(-1, 5000, 10), (45, 300, 290), (44.5, 200, 280), (35, 350 if not expected else 150, 270), (30, 100, 250)]
+    seeds = lambda score, promise, truth: [
+        {"score": score + x, "promise": promise, "truth": truth} for x in ((0, 0.5) if expected else (0, 20))
+    ]
+    points = [{"alpha": alpha, "seeds": seeds(*row)} for alpha, row in zip(cql_alpha.ALPHAS, rows)]
+    clone = [{"score": 40}, {"score": 41}]
+    common.keep(cql_alpha.STUDY, tasks={"a": {"clone": clone, "points": points}})
+    best, promise = cql_alpha.findings()
+    assert "alpha 1 45.2 ± 0.4" in best if expected else "alpha 1 55.0 ± 14.1" in best
+    if expected:
+        assert "BC 40.5 ± 0.7 (2 seeds). The highest, alpha 1, is above alpha 0.001, 20, 100 by" in best
+        assert best.endswith("Above BC: 1, 5.")
+        assert "So it is: from 5,000 to 100; above the truth with alpha 0.001, 1." in promise
+    else:
+        assert "is above alpha 0.001 by" in best and best.endswith("Above BC: none.")
+        assert "Not so throughout" in promise
     cql_alpha.draw()
     assert (folder / "cql_alpha.png").stat().st_size > 10_000
 

@@ -95,16 +95,22 @@ def find_cells(maze_map, *kinds):
     return [(i, j) for i, row in enumerate(maze_map) for j, kind in enumerate(row) if kind in kinds]
 
 
-def find_ways(maze_map, target):
-    """From every free cell the point to head for on the shortest way to `target`, {cell: (x, y)}. Breadth first."""
-    root = (round(target[0]), target[1])
-    ways, queue = {root: center(maze_map, target)}, [root]
+def next_cells(free, target):
+    """From every one of the cells `free` the next on a shortest way to `target`, {cell: cell}. Breadth first."""
+    ways, queue = {target: target}, [target]
     for i, j in queue:
         for cell in ((i, j + 1), (i, j - 1), (i + 1, j), (i - 1, j)):
-            if cell not in ways and maze_map[cell[0]][cell[1]] != 1:
-                ways[cell] = center(maze_map, (i, j))
+            if cell in free and cell not in ways:
+                ways[cell] = (i, j)
                 queue.append(cell)
     return ways
+
+
+def find_ways(maze_map, target):
+    """From every free cell the point to head for on a shortest way to `target`, {cell: (x, y)}."""
+    root, free = (round(target[0]), target[1]), find_cells(maze_map, 0, "r", "g")
+    ways = {cell: center(maze_map, after) for cell, after in next_cells(free, root).items()}
+    return ways | {root: center(maze_map, target)}
 
 
 def control(obs, point):

@@ -27,7 +27,7 @@ SEEDS = 0, 1, 2
 
 def once(study, name, settings, measure):
     """`measure()`, a dict that JSON can hold, and the commit that it was made with; from its file if it has been
-    measured before with the same settings (whatever JSON can hold: all that the result depends on but the code).
+    measured before with the same settings (whatever JSON can hold, all that the result depends on but the code).
     """
     path = runs_of(study, name, settings).with_suffix(".json")
     if not path.exists():
@@ -38,7 +38,7 @@ def once(study, name, settings, measure):
 
 def runs_of(study, name, settings):
     """Where a study keeps the run or measurement of this name and these settings; other settings, another place."""
-    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:8]
     runs = Path(os.environ.get("RUNS_DIR", ROOT / "runs"))
     return runs / "studies" / study / f"{name}-{digest}".replace(" ", "_").replace(".", "_")
 
@@ -104,7 +104,7 @@ def kept(study):
 
 
 def mean_std(values):
-    """"43.1 ± 0.4" of the seeds' values, or "43.1" of one."""
+    """ "43.1 ± 0.4" of the seeds' values, or "43.1" of one."""
     deviation = f" ± {np.std(values, ddof=1):,.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):,.1f}{deviation}"
 

@@ -81,17 +81,13 @@ def draw():
     tasks = kept(STUDY)["tasks"]
     figure, axes = plt.subplots(len(tasks), 2, figsize=(9, 3.4 * len(tasks)), squeeze=False)
     for (scores, returns), (task, result) in zip(axes, tasks.items()):
-        alphas = [point["alpha"] for point in result["points"]]
-
-        def line(axis, name, label, **style):
+        lines = (scores, "score", "CQL", "-"), (returns, "promise", "promised", "-"), (returns, "truth", "true", ":")
+        for axis, name, label, style in lines:
             seeds = np.array([values(point["seeds"], name) for point in result["points"]])  # (alphas, seeds)
             spread = seeds.std(1, ddof=1) if seeds.shape[1] > 1 else None
-            axis.errorbar(alphas, seeds.mean(1), spread, color="tab:red", capsize=2, label=label, **style)
-
-        line(scores, "score", "CQL", marker=".")
+            style = dict(color="tab:red", linestyle=style, marker=".", capsize=2, label=label)
+            axis.errorbar(ALPHAS, seeds.mean(1), spread, **style)
         scores.axhline(np.mean(values(result["clone"], "score")), color="tab:gray", label="BC")
-        line(returns, "promise", "promised", marker=".")
-        line(returns, "truth", "true", linestyle=":")
         scores.set(title=task, ylabel="normalized score")
         returns.set(title="discounted return from the start")
         for axis in (scores, returns):
