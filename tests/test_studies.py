@@ -108,31 +108,43 @@ def test_value_and_truth(module, words, collected, in_process):
     assert measured == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
-def curve(promises, truth, score):
+def curve(promises, truth, score, steps=(100, 10_000, 100_000)):
     return [
         {"step": step, "promise": promise, "truth": truth, "score": score, "outside": 0.5}
-        for step, promise in zip((100, 200, 500), promises)
+        for step, promise in zip(steps, promises)
     ]
 
 
 def test_divergence():
-    assert extrapolation.divergence(curve((1, 200, 300), 10, 0), best=50) == 200
-    assert extrapolation.divergence(curve((1, 200, 15), 10, 0), best=50) is None
-    assert extrapolation.divergence(curve((1, 200, 300), 10, 0), best=250) == 500
-    assert extrapolation.divergence(curve((1, 200, 300), -25, 0), best=50) == 500
+    moment = lambda *promises, truth=10, best: (
+        extrapolation.divergence(curve(promises, truth, 0), best) or {"step": None}
+    )["step"]
+    assert moment(1, 200, 300, best=50) == 10_000
+    assert moment(1, 200, 15, best=50) is None
+    assert moment(1, 200, 300, best=250) == 100_000
+    assert moment(1, 200, 300, truth=-25, best=50) == 100_000
 
 
 @pytest.mark.parametrize("expected", [True, False])
 def test_findings_of_extrapolation(expected, folder):
+    both = lambda *args: [curve(*args), curve(*args)]
     curves = {
-        "SAC (offline)": curve((1, 2000, 3e6) if expected else (1, 11, 12), 10, -1.0),
-        "BC": curve((None, None, None), 300, 42.0 if expected else 20.0),
-        "TD3+BC": curve((1, 200, 350), 300, 44.0),
-        "CQL": curve((1, 150, 250) if expected else (1, 350, 250), 300, 43.0),
+        "SAC (offline)": both((1, 2000, 3e6) if expected else (1, 11, 12), 10, -1.0),
+        "BC": both((None, None, None), 300, 42.0 if expected else 20.0),
+        "TD3+BC": both((1, 20 if expected else 200, 350), 300, 44.0),
+        "CQL": both((1, -20), 300, 43.0),
+        "TD3+BC, gamma 0.9": both((1, 38), 40, 44.0),
+        "CQL, gamma 0.9": both((1, 30 if expected else 39), 40, 44.0),
     }
     common.keep(extrapolation.STUDY, best=350, curves=curves)
-    verdicts = [sentence.split(". ")[1][:6] for sentence in extrapolation.findings()[:3]]
-    assert verdicts == (["So it "] * 3 if expected else ["Not so"] * 3)
+    sac, bc, equal, gamma, outside = extrapolation.findings()
+    verdicts = [sentence.split(". ")[1][:6] for sentence in (sac, bc)]
+    assert verdicts == (["So it "] * 2 if expected else ["Not so"] * 2)
+    assert ("from update 10,000 (50% of its actions outside), 10,000" if expected else "never, never") in sac
+    assert "CQL promises -20.0 ± 0.0 and earns 300.0 ± 0.0 (score 43.0 ± 0.0)" in equal
+    assert ("not yet conservatism" in equal) == expected
+    assert ("So it is: TD3+BC 95.0 ± 0.0 %, CQL 75.0" if expected else "Not so: TD3+BC 95.0 ± 0.0 %, CQL 97.5") in gamma
+    assert "SAC (offline) 50.0 ± 0.0 %" in outside
     extrapolation.draw()
     assert (folder / "extrapolation.png").stat().st_size > 10_000
 
@@ -175,10 +187,11 @@ def test_findings_of_stitching(expected, folder):
 @pytest.mark.parametrize("expected", [True, False])
 def test_findings_of_return_conditioning(expected, folder):
     row = {"asked": [0, 1, 2, 3], "mean": [0, 1, 2, 1] if expected else [1, 0, 1, 9], "std": [0.1] * 4}
-    range_of_data = {"low": 0.5, "middle": 1.5, "high": 1.9, "best": 2}
-    common.keep(return_conditioning.STUDY, tasks={"a": row | range_of_data, "b": row | range_of_data})
-    verdicts = [sentence.split(". ")[1][:6] for sentence in return_conditioning.findings()]
-    assert verdicts == (["So it "] * 2 if expected else ["Not so"] * 2)
+    row |= {"low": 0.5, "middle": 1.5, "high": 1.9, "best": 2}
+    common.keep(return_conditioning.STUDY, tasks={"a": row, "b": row | {"low": 1.6}})
+    varied, alike = return_conditioning.findings()
+    assert f"correlation with what is achieved is {'1.00' if expected else '0.00'} (3 requests" in varied
+    assert "so there is nothing to follow" in alike and "correlation" not in alike
     return_conditioning.draw()
     assert (folder / "return_conditioning.png").stat().st_size > 10_000
 
@@ -187,8 +200,9 @@ def test_findings_of_return_conditioning(expected, folder):
 def test_findings_of_peer_iql(expected, folder):
     scores = [30, 70, 50, 40, 30, 20 if expected else 60]
     common.keep(peer_iql.STUDY, steps=[5000 * n for n in range(1, 7)], scores=scores, data=75.0)
-    (sentence,) = peer_iql.findings()
-    assert f"{'So it is' if expected else 'Not so'}: 70.0 after 10,000 updates" in sentence
+    sentence, published = peer_iql.findings()
+    assert f"{'So it does' if expected else 'Not so'}, in the one seed there is: 70.0 after 10,000 updates" in sentence
+    assert "54.0 after 100,000" in published and "99.9 after 500,000" in published
     peer_iql.draw()
     assert (folder / "peer_iql.png").stat().st_size > 10_000
 
@@ -231,18 +245,19 @@ def test_findings_of_model_error(expected, folder):
 
 @pytest.mark.parametrize("expected", [True, False])
 def test_findings_of_demonstrations(expected, folder):
-    value = {"gail": 900.0, "bc": 400.0 if expected else 950.0}
     points = [
-        {"script": script, "task": task, "demos": demos, "return": value[script]}
-        for script in value
+        {"script": script, "task": task, "demos": demos, "seed": seed, "return": value + 10 * seed}
+        for script, value in {"gail": 900.0, "bc": 400.0 if expected else 895.0}.items()
         for task in demonstrations.TASKS
         for demos in demonstrations.COUNTS
+        for seed in (0, 1)
     ]
     experts = {task: {"expert": 1000.0, "random": -100.0} for task in demonstrations.TASKS}
     common.keep(demonstrations.STUDY, experts=experts, points=points)
-    assert demonstrations.ours("gail", "hopper-expert")[1] == (4, pytest.approx(1000 / 1100))
+    assert demonstrations.ours("gail", "hopper-expert")[4] == pytest.approx([1000 / 1100, 1010 / 1100])
     assert demonstrations.papers("gail", "hopper-expert")[0] == (4, pytest.approx(3614.22 / 3571.38))
-    verdicts = [sentence.split(". ")[1][:6] for sentence in demonstrations.findings()]
-    assert verdicts == (["So it "] * 3 if expected else ["Not so"] * 3)
+    sentences = demonstrations.findings()
+    assert all(("So it is, in every seed" if expected else "Not so: ") in sentence for sentence in sentences)
+    assert all("(2 seeds)" in sentence for sentence in sentences)
     demonstrations.draw()
     assert (folder / "demonstrations.png").stat().st_size > 10_000

@@ -1,7 +1,7 @@
 """How many demonstrations does imitation need? GAIL and BC against the number of trajectories, as in the GAIL paper.
 
 Both get the same trajectories of the expert, of each every 20th pair; GAIL takes 1,000,000 steps of the environment
-and BC 10,000 updates; one seed, 20 episodes with the mean action. Returns are shares of the demonstrations' mean
+and BC 10,000 updates; three seeds, 20 episodes with the mean action. Returns are shares of the demonstrations' mean
 return: 1 is the expert, 0 the random policy. Crosses: the paper's, as shares of its own expert (its logs,
 results/studies/gail_paper_returns.csv). HalfCheetah's demonstrations are the medium ones, whose returns are about
 those of the paper's expert.
@@ -10,13 +10,16 @@ Usage: make studies, or python results/studies/demonstrations.py
 """
 
 import csv
+import itertools
 import sys
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from datasets import load
 from results.checkpoint import load_agent
-from results.studies.common import keep, kept, once, save_figure, train
+from results.studies.common import SEEDS, keep, kept, once, save_figure, train
 
 STUDY, EPISODES, COUNTS = "demonstrations", 20, (1, 4, 11)
 TASKS = {
@@ -28,23 +31,27 @@ STEPS = {"gail": 1_000_000, "bc": 10_000}
 
 
 def measure():
-    def stage(script, task, demos):
-        steps = STEPS[script]
-        words = ["--demos", demos, "--eval-every", steps // 4]
-        checkpoint = train(STUDY, f"{script} {task} {demos}", script, steps, "--env", task, *words)
-        _, _, data, policy = load_agent(checkpoint)
-        return data.evaluate(policy, EPISODES, seed=0).mean()
-
+    """Seed after seed, so that what is kept, should it be interrupted, is every point with fewer seeds."""
     points, experts = [], {}
-    for task in TASKS:
-        data = load(task, "collected", "cpu")
-        experts[task] = {"expert": data.returns().mean(), "random": data.task.ref_min}
-        for demos in COUNTS:
-            for script in STEPS:
-                name = f"{script} {task} {demos}"
-                value = once(STUDY, name, lambda s=script, t=task, d=demos: stage(s, t, d))
-                points.append({"script": script, "task": task, "demos": demos, "return": value})
-    keep(STUDY, experts=experts, points=points)
+
+    def stage(script, task, demos, seed):
+        steps, name = STEPS[script], f"{script} {task} {demos} {seed}"
+        words = "--env", task, "--demos", demos, "--seed", seed, "--eval-every", steps // 4
+
+        def run():
+            _, _, data, policy = load_agent(train(STUDY, name, script, steps, *words))
+            return {"return": data.evaluate(policy, EPISODES, seed=0).mean()}
+
+        return once(STUDY, name, [script, steps, EPISODES, *words], run)
+
+    for seed in SEEDS:
+        for task, demos, script in itertools.product(TASKS, COUNTS, STEPS):
+            if task not in experts:
+                data = load(task, "collected", "cpu")
+                experts[task] = {"expert": data.returns().mean(), "random": data.task.ref_min}
+            measured = stage(script, task, demos, seed)
+            points.append({"script": script, "task": task, "demos": demos, "seed": seed, **measured})
+        keep(STUDY, experts=experts, points=points)
 
 
 def share(task, value):
@@ -53,9 +60,9 @@ def share(task, value):
 
 
 def ours(script, task):
-    """[(trajectories, share of the expert)]"""
+    """{trajectories: the share of the expert, of each seed}"""
     points = [p for p in kept(STUDY)["points"] if (p["script"], p["task"]) == (script, task)]
-    return [(p["demos"], share(task, p["return"])) for p in points]
+    return {n: np.array([share(task, p["return"]) for p in points if p["demos"] == n]) for n in COUNTS}
 
 
 def papers(script, task):
@@ -71,13 +78,14 @@ def papers(script, task):
 def findings():
     sentences = []
     for task in TASKS:
-        gail, bc = dict(ours("gail", task)), dict(ours("bc", task))
-        ahead = all(gail[n] > bc[n] for n in gail if n <= 4)
-        percent = lambda x: f"{round(x, 2) + 0:.0%}"  # + 0: no "-0%"
+        gail, bc = ours("gail", task), ours("bc", task)
+        ahead = all(gail[n].min() > bc[n].max() for n in gail if n <= 4)
+        percent = lambda x: f"{round(x.mean(), 2) + 0:.0%}"  # + 0: no "-0%"
         text = ", ".join(f"with {n} {percent(gail[n])} and {percent(bc[n])}" for n in gail)
+        text += f" of the expert's return ({len(gail[4])} seed{'s' * (len(gail[4]) > 1)})"
         sentences.append(
             f"Expected on {task}: from few trajectories GAIL imitates better than BC. "
-            f"{'So it is' if ahead else 'Not so'}: {text} of the expert's return."
+            f"{'So it is, in every seed' if ahead else 'Not so'}: {text}."
         )
     return sentences
 
@@ -88,7 +96,9 @@ def draw():
     figure, axes = plt.subplots(1, len(TASKS), figsize=(4.3 * len(TASKS), 3.6))
     for axis, task in zip(axes, TASKS):
         for script, color in (("gail", "tab:orange"), ("bc", "tab:gray")):
-            axis.plot(*zip(*ours(script, task)), color=color, marker="o", label=script.upper())
+            own = ours(script, task)
+            axis.plot(own.keys(), [x.mean() for x in own.values()], color=color, marker="o", label=script.upper())
+            axis.vlines(own.keys(), *zip(*((x.min(), x.max()) for x in own.values())), color=color)
             axis.plot(
                 *zip(*papers(script, task)), color=color, marker="x", linestyle=":", label=f"{script.upper()} (paper)"
             )

@@ -1,9 +1,10 @@
 """Why offline RL needs a cure: what the critics promise, and what the policy then earns, over training.
 
-On halfcheetah-medium: offline SAC, which nothing cures, and BC, TD3+BC and CQL. From the start states of ten episodes
-the critics' value of the policy's own action, beside the discounted return that the same policy truly gets; and the
-share of the policy's actions that lie farther from the data than 99 % of the data's own do. The distance, at 10,000
-states of the data, is that to the clone's action (BC after its last update), which stands for the data's mean action.
+On halfcheetah-medium, three seeds: offline SAC, which nothing cures, and BC, TD3+BC and CQL; the last two with gamma
+0.9 as well, for which values have spread after a few hundred updates. From the start states of ten episodes the
+critics' value of the policy's own action, beside the discounted return that the same policy truly gets; and the share
+of the policy's actions that lie farther from the data than 99 % of the data's own do. The distance, at 10,000 states of
+the data, is that to the clone's action (BC of the same seed after its last update), which stands for the mean action.
 
 Usage: make studies, or python results/studies/extrapolation.py
 """
@@ -17,12 +18,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from datasets import load
 from results.checkpoint import load_agent
-from results.studies.common import keep, kept, normalized, once, save_figure, train, value_and_truth
+from results.studies.common import SEEDS, keep, kept, mean_std, normalized, once, save_figure, train, value_and_truth
 
 STUDY, TASK = "extrapolation", "halfcheetah-medium"
 STEPS = 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000
-SCRIPTS = {"SAC (offline)": "offline_sac", "BC": "bc", "TD3+BC": "td3_bc", "CQL": "cql"}
-LAST = {"CQL": 10_000}  # which takes an hour on two cores
+EQUAL = 10_000  # updates after which methods are compared: CQL's last, which take an hour on two cores
+METHODS = {  # the clone first: the others' actions are measured against its last checkpoint
+    "BC": ("bc", STEPS[-1]),
+    "SAC (offline)": ("offline_sac", STEPS[-1]),
+    "TD3+BC": ("td3_bc", STEPS[-1]),
+    "CQL": ("cql", EQUAL),
+    "TD3+BC, gamma 0.9": ("td3_bc", EQUAL, "--gamma", 0.9),
+    "CQL, gamma 0.9": ("cql", EQUAL, "--gamma", 0.9),
+}
 COLORS = {"SAC (offline)": "tab:brown", "BC": "tab:gray", "TD3+BC": "tab:blue", "CQL": "tab:red"}
 
 
@@ -33,60 +41,96 @@ def actions(checkpoint, obs):
 
 
 def measure():
+    """Seed after seed, so that what is kept, should it be interrupted, is every method with fewer seeds."""
     data = load(TASK, "collected", "cpu")
     rows = np.random.default_rng(0).choice(len(data), 10_000, replace=False)
     obs, act = data.obs[rows], data.act[rows]
     starts = np.concatenate([[0], data.ends[:-1]])
     best = max((0.99 ** np.arange(b - a) @ data.rew[a:b].numpy()).item() for a, b in zip(starts, data.ends))
-    names = sorted(SCRIPTS, key="BC".__ne__)  # the clone first: the others are measured against its last checkpoint
-    center, curves = None, {}
+    curves = {name: [] for name in METHODS}
 
-    def stage(name, step):
-        checkpoint = train(STUDY, name, SCRIPTS[name], step, "--env", TASK, "--eval-every", 20_000)
-        pi_act = actions(checkpoint, obs)
-        return value_and_truth(checkpoint) | {"step": step, "actions": pi_act.half().tolist()}
+    def stage(name, seed, step):
+        script, _, *words = METHODS[name]
+        words = "--env", TASK, "--seed", seed, "--eval-every", 20_000, *words
 
-    for name in names:
-        steps = [step for step in STEPS if step <= LAST.get(name, STEPS[-1])]
-        points = [once(STUDY, f"{name} {step}", lambda name=name, step=step: stage(name, step)) for step in steps]
-        if center is None:
-            center = torch.tensor(points[-1]["actions"])
-            limit = (act - center).norm(dim=-1).quantile(0.99)
-        for point in points:
-            far = (torch.tensor(point.pop("actions")) - center).norm(dim=-1) > limit
-            point["outside"] = far.float().mean().item()
-        curves[name] = points
-    keep(STUDY, best=best, curves={name: curves[name] for name in SCRIPTS})
+        def run():
+            checkpoint = train(STUDY, f"{name} {seed}", script, step, *words)
+            measured = value_and_truth(checkpoint) | {"step": step}
+            return measured | {"actions": actions(checkpoint, obs).half().tolist()}
+
+        return once(STUDY, f"{name} {seed} {step}", [script, *words], run)
+
+    for seed in SEEDS:
+        for name, (_, last, *_) in METHODS.items():
+            points = [stage(name, seed, step) for step in STEPS if step <= last]
+            if name == "BC":
+                center = torch.tensor(points[-1]["actions"])
+                limit = (act - center).norm(dim=-1).quantile(0.99)
+            for point in points:
+                far = (torch.tensor(point.pop("actions")) - center).norm(dim=-1) > limit
+                point["outside"] = far.float().mean().item()
+            curves[name].append(points)
+        keep(STUDY, best=best, curves=curves)
 
 
 def divergence(points, best):
-    """The first step from which on the promise stays above ten times the truth and above the best discounted return in
-    the data; None: never."""
+    """The first point from which on the promise stays above ten times the truth and above the best discounted return
+    in the data; None: never."""
     far = [point["promise"] > max(10 * abs(point["truth"]), best) for point in points]
-    steps = [point["step"] for i, point in enumerate(points) if all(far[i:])]
-    return steps[0] if steps else None
+    return next((point for i, point in enumerate(points) if all(far[i:])), None)
+
+
+def at(curves, step, name):
+    """Of each seed's curve the value `name` after `step` updates."""
+    return [next(point[name] for point in points if point["step"] == step) for points in curves]
 
 
 def findings():
     """Sentences, each of what was expected, with the numbers that say whether it came so."""
     curves, best = kept(STUDY)["curves"], kept(STUDY)["best"]
-    sac, bc, cql = (curves[name][-1] for name in ("SAC (offline)", "BC", "CQL"))
-    at = divergence(curves["SAC (offline)"], best)
-    above = [f"{p['step']:,}" for p in curves["CQL"] if p["promise"] > p["truth"]]
-    left = at is not None and sac["score"] < 10
-    return [
+    sac, last = curves["SAC (offline)"], STEPS[-1]
+    apart = [divergence(points, best) for points in sac]
+    left = all(apart) and max(at(sac, last, "score")) < 10
+    moments = ", ".join(f"{p['step']:,} ({p['outside']:.0%} of its actions outside)" if p else "never" for p in apart)
+    sentences = [
         f"Expected: the estimates of offline SAC leave the true return by a factor of ten and more, and its score "
-        f"stays near 0. {'So it is' if left else 'Not so here'}: after {sac['step']:,} updates they promise "
-        f"{sac['promise']:,.0f}, the policy earns {sac['truth']:.0f} (score {sac['score']:.1f})"
-        + (f", the best of the data {best:.0f}; apart for good from update {at:,} on." if at else "."),
-        f"Expected: BC does not fail. {'So it is' if bc['score'] > 30 else 'Not so here'}: score {bc['score']:.1f}.",
-        "Expected: CQL's estimates stay below the truth. "
-        f"{'Not so after ' + ', '.join(above) + ' updates' if above else 'So it is'}; after {cql['step']:,} updates "
-        f"they promise {cql['promise']:.0f}, the policy earns {cql['truth']:.0f} (score {cql['score']:.1f}).",
-        "Farther from the data than 99 % of the data: "
-        + ", ".join(f"{name} {points[-1]['outside']:.0%}" for name, points in curves.items())
-        + " of the policy's actions at the end.",
+        f"stays near 0. {'So it is' if left else 'Not so here'}, of {len(sac)} seed{'s' * (len(sac) > 1)}: after "
+        f"{last:,} updates they promise {mean_std(at(sac, last, 'promise'))}, the policy earns "
+        f"{mean_std(at(sac, last, 'truth'))} (score {mean_std(at(sac, last, 'score'))}), the best of the data "
+        f"{best:.0f}; apart for good, seed by seed, from update {moments} on.",
+        f"Expected: BC does not fail. {'So it is' if min(at(curves['BC'], last, 'score')) > 30 else 'Not so here'}: "
+        f"score {mean_std(at(curves['BC'], last, 'score'))}.",
     ]
+    words = []
+    for name in ("TD3+BC", "CQL", "TD3+BC, gamma 0.9", "CQL, gamma 0.9"):
+        if own := curves.get(name):
+            promise, truth, score = (mean_std(at(own, EQUAL, key)) for key in ("promise", "truth", "score"))
+            words.append(f"{name} promises {promise} and earns {truth} (score {score})")
+    sentences.append(f"After {EQUAL:,} updates each, {'; '.join(words)}.")
+    if np.mean(at(curves["TD3+BC"], EQUAL, "promise")) < np.mean(at(curves["TD3+BC"], EQUAL, "truth")) / 2:
+        sentences[-1] += (
+            " So a promise below the truth is not yet conservatism: with gamma 0.99 values have not spread by then, "
+            "those of TD3+BC, which is not pessimistic, neither."
+        )
+    if all(curves.get(f"{name}, gamma 0.9") for name in ("TD3+BC", "CQL")):
+        share = {
+            name: np.divide(*(at(curves[f"{name}, gamma 0.9"], EQUAL, key) for key in ("promise", "truth")))
+            for name in ("TD3+BC", "CQL")
+        }
+        lower = max(share["CQL"]) < min(share["TD3+BC"])
+        sentences.append(
+            "Expected, if CQL is conservative: with gamma 0.9, where they have spread, it promises less of what is "
+            f"earned than TD3+BC, in every seed. {'So it is' if lower else 'Not so'}: "
+            + ", ".join(f"{name} {mean_std(100 * x)} %" for name, x in share.items())
+            + "."
+        )
+    ends = {name: mean_std([100 * points[-1]["outside"] for points in own]) for name, own in curves.items() if own}
+    sentences.append(
+        "Farther from the data than 99 % of the data, of the policy's actions at the end: "
+        + ", ".join(f"{name} {share} %" for name, share in ends.items())
+        + "."
+    )
+    return sentences
 
 
 def draw():
@@ -94,16 +138,18 @@ def draw():
 
     curves, best = kept(STUDY)["curves"], kept(STUDY)["best"]
     figure, (scores, values, outside) = plt.subplots(1, 3, figsize=(13, 3.6))
-    for name, points in curves.items():
-        steps, style = [point["step"] for point in points], dict(color=COLORS[name], marker=".", label=name)
-        scores.plot(steps, [point["score"] for point in points], **style)
-        outside.plot(steps, [point["outside"] for point in points], **style)
-        if points[0]["promise"] is not None:
-            values.plot(steps, [point["promise"] for point in points], **style)
-        values.plot(steps, [point["truth"] for point in points], color=COLORS[name], linestyle=":")
-        if points[0]["promise"] is not None and (at := divergence(points, best)):
-            for axis in (scores, values, outside):
-                axis.axvline(at, color=COLORS[name], linewidth=0.8, linestyle="--")
+    for name, color in COLORS.items():
+        for seed, points in enumerate(curves[name]):
+            steps = [point["step"] for point in points]
+            lines = [(scores, "score", "-"), (outside, "outside", "-"), (values, "truth", ":")]
+            if points[0]["promise"] is not None:
+                lines.append((values, "promise", "-"))
+                if apart := divergence(points, best):
+                    for axis in (scores, values, outside):
+                        axis.axvline(apart["step"], color=color, linewidth=0.8, linestyle="--")
+            for axis, key, style in lines:
+                style = dict(color=color, linestyle=style, linewidth=1, marker=".", label=None if seed else name)
+                axis.plot(steps, [point[key] for point in points], **style)
     values.axhline(best, color="gray", linewidth=0.8)
     scores.set(title=TASK, ylabel="normalized score")
     values.set(title="promised (solid), true (dotted), best of data (gray)", ylabel="discounted return")

@@ -56,7 +56,8 @@ def measure():
         rows, _ = mopo.held_out(data, saved["args"]["seed"])
         return quality(dynamics, data, rows) | {"epochs": saved["state"]["epochs"].item()}
 
-    keep(STUDY, tasks={task: once(STUDY, task, lambda task=task: stage(task)) for task in TASKS})
+    settings = [*WORDS, GROUPS]
+    keep(STUDY, tasks={task: once(STUDY, task, settings, lambda task=task: stage(task)) for task in TASKS})
 
 
 def findings():

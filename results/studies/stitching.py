@@ -43,7 +43,7 @@ def measure():
         return {"success": rew.sum(0).mean(), "paths": paths}
 
     def measured(name, task):
-        return once(STUDY, f"{task} {name}", lambda: stage(name, task))
+        return once(STUDY, f"{task} {name}", [*METHODS[name], STEPS, EPISODES, DRAWN], lambda: stage(name, task))
 
     keep(STUDY, tasks={task: {name: measured(name, task) for name in METHODS} for task in TASKS})
 
