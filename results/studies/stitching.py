@@ -5,6 +5,10 @@ where they do not: nothing in the data crosses the cells between them, and whoev
 Success of 50 episodes after 20,000 updates, one seed; IQL with the expectiles 0.7 and 0.9. Values are AntMaze's, on
 which the scripts' TUNED model these mazes; to fit a CPU, CQL has batches of 128 and four sampled actions.
 
+It shows who does it with these settings, and not who can. The way is 283 steps long, over which a discount of 0.99
+leaves 0.06, and 20,000 updates are a hundred time constants of the target networks; CQL's threshold is meant for ten
+actions; no method but IQL had two values of its argument. Who fails here may stitch a shorter way.
+
 Usage: make studies, or python results/studies/stitching.py
 """
 
@@ -49,17 +53,11 @@ def measure():
 
 
 def findings():
-    tasks = kept(STUDY)["tasks"]
-    meet, gap = ({name: row["success"] for name, row in tasks[task].items()} for task in TASKS)
-    values, clones = list(METHODS)[:4], list(METHODS)[4:]
-    stitch = min(meet[name] for name in values) > 0.5 > max(meet[name] for name in clones)
-    none = max(gap.values()) < 0.1
-    text = [", ".join(f"{name} {row[name]:.0%}" for name in METHODS) for row in (meet, gap)]
-    return [
-        f"Expected on {TASKS[0]}: methods with values stitch, clones do not. "
-        f"{'So it is' if stitch else 'Not so for all'}: {text[0]}.",
-        f"Expected on {TASKS[1]}: nobody arrives. {'So it is' if none else 'Not so'}: {text[1]}.",
-    ]
+    sentences = []
+    for task, rows in kept(STUDY)["tasks"].items():
+        arrive = ", ".join(f"{name} {row['success']:.0%}" for name, row in rows.items())
+        sentences.append(f"{task}, the share of 50 episodes that reach the goal, one seed: {arrive}.")
+    return sentences
 
 
 def draw():
