@@ -1,6 +1,7 @@
 """Dataset: transitions as tensors on the training device."""
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,19 @@ def one_thread():
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def apart(evaluate):
+    """What a policy draws is drawn anew from the evaluation's seed, and takes nothing from the run's random numbers: a
+    policy scores alike whenever it is evaluated, and a run trains alike however often."""
+
+    @functools.wraps(evaluate)
+    def evaluated(data, policy, episodes, seed, *words, **options):
+        with torch.random.fork_rng([data.rows.device] if data.rows.is_cuda else []):
+            torch.manual_seed(seed)
+            return evaluate(data, policy, episodes, seed, *words, **options)
+
+    return evaluated
 
 
 class Batch(NamedTuple):
@@ -156,6 +170,7 @@ class Dataset:
 
     @torch.no_grad()
     @one_thread()
+    @apart
     def evaluate(self, policy, episodes, seed, seeds=1, rewards=False):
         """Returns of `episodes` episodes, (episodes,) float64; of several agents, (seeds, episodes). None where the
         task has no environment.

@@ -233,6 +233,17 @@ def test_evaluate_is_the_plain_loop():
     np.testing.assert_array_equal(data.evaluate(policy, 4, seed=2), returns)
 
 
+def test_evaluation_draws_apart():
+    """What a policy draws: the same in each evaluation of a seed, another in another's; the run's numbers stay."""
+    data, noisy = Dataset.buffer(HOPPER, 0), lambda obs: torch.rand(len(obs), 3)
+    torch.manual_seed(7)
+    state = torch.random.get_rng_state()
+    first, again, other = (data.evaluate(noisy, 2, seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
 def test_load_policy_is_sac(hopper_policy):
     from algorithms import sac
 
