@@ -25,7 +25,9 @@ def load_agent(path, device="cpu"):
     data.obs_mean, data.obs_std = saved["obs_mean"], saved["obs_std"]
     script = importlib.import_module(f"algorithms.{saved['algorithm']}")
     seeds = saved["args"].get("seeds", 1)
-    sizes = [saved["args"][name] for name in ("width",) if name in saved["args"]]  # of the scripts that have one
+    sizes = [
+        saved["args"][name] for name in ("width", "n_samples") if name in saved["args"]
+    ]  # of the scripts that have one
     actors = [script.Actor(data.obs_dim, data.act_dim, *sizes) for _ in range(seeds)]
     actor = (script.stack(actors) if seeds > 1 else actors[0]).to(device)
     actor.load_state_dict(saved["state"]["actor"])

@@ -59,6 +59,10 @@ EQUIVALENT = {
         r"^schedule=": "test_steps_may_grow of test_scripts",
         r"^(1|args\.expectile) -> .* @ (if not 0 <|raise )": "test_bad_expectile of test_scripts",
     },
+    "idql": {
+        r"^schedule=": "test_steps_may_grow of test_scripts",
+        r"^(1|args\.expectile) -> .* @ (if not 0 <|raise )": "test_bad_expectile of test_scripts",
+    },
     "mopo": {
         r"^-1 -> 1 @ model_rows = ": "the last of two axes",
         r"^10000 -> 10001": "how many rollouts go side by side, for want of memory",

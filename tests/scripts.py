@@ -33,5 +33,6 @@ SCRIPTS = {
     "sql": Script("in-sample", 215),
     "mopo": Script("model-based", 374, quick={"rollouts": 40, "rollout_every": 5, "keep": 2, "model_updates": 20}),
     "dt": Script("sequence", 280, quick={"context": 5}),
+    "idql": Script("generative", 245, quick={"n_samples": 3}),
     "fql": Script("generative", 230, quick={"width": 32, "flow_steps": 3}),
 }

@@ -19,7 +19,7 @@ import torch
 import tyro
 from conftest import ROOT, error_of, start, wait_until
 
-from algorithms import bc, cql, edac, gail, iql, mopo, rebrac, sac, td3_bc
+from algorithms import bc, cql, edac, gail, idql, iql, mopo, rebrac, sac, td3_bc
 from datasets import TASKS, UserError, collect, find_task
 from datasets.minari_io import export_minari
 from results import evaluate
@@ -143,13 +143,13 @@ def test_steps_may_grow(small, tmp_path, monkeypatch):
     first, second = dataclasses.replace(args, steps=10), dataclasses.replace(args, resume=True)
     parts = trained(tmp_path, monkeypatch, "parts", (td3_bc.train, first), (td3_bc.train, second))
     assert_equal(whole["state"], parts["state"])
-    for script in (iql, mopo, gail):
+    for script in (iql, idql, mopo, gail):
         script.train(arguments(script, small, steps=20))
         with pytest.raises(UserError, match="Cannot resume .* with other arguments: steps was 20"):
             script.train(arguments(script, small, steps=40, resume=True))
 
 
-@pytest.mark.parametrize("script, opt, name", [(iql, "opt", "lr"), (mopo, "adam_opt", "actor_lr")])
+@pytest.mark.parametrize("script, opt, name", [(iql, "opt", "lr"), (idql, "opt", "lr"), (mopo, "adam_opt", "actor_lr")])
 def test_schedule(script, opt, name, small, monkeypatch):
     """The actor's learning rate after k of 20 updates: lr (1 + cos(pi k / 20)) / 2."""
     rates, watch = [], Run.watch
@@ -519,9 +519,11 @@ def test_error_of_a_process():
     assert "nearest names are halfcheetah-medium" in error_of(process) and process.returncode == 1
 
 
-def test_bad_expectile(small):
-    with pytest.raises(UserError, match=r"--expectile must lie in \(0, 1\), not 1.5"):
-        iql.train(arguments(iql, small, steps=10, expectile=1.5))
+@pytest.mark.parametrize("script", [iql, idql], ids=["iql", "idql"])
+@pytest.mark.parametrize("expectile", [0.0, 1.0])
+def test_bad_expectile(script, expectile, small):
+    with pytest.raises(UserError, match=rf"--expectile must lie in \(0, 1\), not {expectile}"):
+        script.train(arguments(script, small, steps=10, expectile=expectile))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
