@@ -46,7 +46,7 @@ def test_schedule():
 
 @pytest.mark.parametrize("task", ["hopper-medium", "antmaze-umaze"])
 def test_update(task, small, monkeypatch):
-    """With dropout, and a clone's average that follows faster. Locomotion's returns come to span 1000, AntMaze's stay."""
+    """With dropout, and a clone's average that follows faster. Locomotion's returns are rescaled, AntMaze's are not."""
     drop = lambda x, p: x * (torch.rand_like(x) >= p) / (1 - p)  # torch's own draws unseen
     monkeypatch.setattr(torch.nn.functional, "dropout", drop)
     changes = dict(lr=2e-4, gamma=0.9, tau=0.1, expectile=0.75, dropout=0.3, actor_tau=0.2)
