@@ -7,8 +7,8 @@
     actor    L_pi = -E Q_1(obs, pi_1);   it acts by the pi_k, of 100, with the highest Q_1
 
 As in the authors' code, which is not the one of the paper's scores: KL is a mean over the dimensions of z, not their
-sum, and observations are as they are. Differs from it: the 100 z_k are drawn once for all states, so that a checkpoint
-always acts alike, and AntMaze's rewards are lowered by 1.
+sum, and observations are as they are. Differs from it: the critics' target sees the VAE before its step; the 100 z_k
+are drawn once for all states, so that a checkpoint always acts alike; AntMaze's rewards are lowered by 1.
 Usage: python algorithms/bcq.py --env halfcheetah-medium
 """
 
@@ -89,6 +89,15 @@ class Critic(nn.Module):
         return self.layers[-1](x, n).squeeze(-1)
 
 
+class VAE(nn.Module):
+    """Of actions: the encoder, (obs, act) -> mean and log_std of z (B, 2 A), and the decoder, (obs, z) -> act."""
+
+    def __init__(self, obs_dim, act_dim):
+        super().__init__()
+        self.encoder = mlp(obs_dim + act_dim, 750, 750, 4 * act_dim)
+        self.decoder = mlp(obs_dim + 2 * act_dim, 750, 750, act_dim)
+
+
 def decode(obs, z, decoder):
     """The VAE's action: obs (B, O), z (B, 2 A) -> (B, A) in [-1, 1]."""
     return decoder(torch.cat([obs, z], -1)).tanh()
@@ -104,7 +113,7 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim, act_dim, phi=0.05):
         super().__init__()
-        self.decoder = mlp(obs_dim + 2 * act_dim, 750, 750, act_dim)
+        self.vae = VAE(obs_dim, act_dim)
         self.perturb = mlp(obs_dim + act_dim, 400, 300, act_dim)
         self.critic = Critic(obs_dim, act_dim)
         # Not learned, but parameters: each agent has its own, and a checkpoint keeps them.
@@ -114,7 +123,7 @@ class Actor(nn.Module):
     def forward(self, obs):
         n, B = len(self.z), len(obs)
         obs = obs.repeat(n, 1)  # (100 B, O)
-        act = decode(obs, self.z.repeat_interleave(B, 0), self.decoder)  # (100 B, A)
+        act = decode(obs, self.z.repeat_interleave(B, 0), self.vae.decoder)  # (100 B, A)
         act = perturbed(obs, act, self.perturb, self.phi)
         q = self.critic(obs, act, 1).view(n, B)
         return act.view(n, B, -1)[q.argmax(0), torch.arange(B, device=obs.device)]
@@ -182,28 +191,20 @@ def train(args):
 
     O, A = data.obs_dim, data.act_dim
     actor = stack([Actor(O, A, args.phi) for _ in range(args.seeds)]).to(run.device)
-    encoder = stack([mlp(O + A, 750, 750, 4 * A) for _ in range(args.seeds)]).to(run.device)
-    decoder, perturb, critic = actor.decoder, actor.perturb, actor.critic
+    vae, perturb, critic = actor.vae, actor.perturb, actor.critic
     perturb_target, critic_target = deepcopy(perturb).requires_grad_(False), deepcopy(critic).requires_grad_(False)
-    vae = [*encoder.parameters(), *decoder.parameters()]
-    vae_opt = torch.optim.Adam(vae, args.lr, fused=True, capturable=True)
-    critic_opt = torch.optim.Adam(critic.parameters(), args.lr, fused=True, capturable=True)
+    opt = torch.optim.Adam([*vae.parameters(), *critic.parameters()], args.lr, fused=True, capturable=True)
     actor_opt = torch.optim.Adam(perturb.parameters(), args.lr, fused=True, capturable=True)
-    vae_losses = lift(args.seeds, vae_loss, encoder, decoder)
-    critic_losses = lift(args.seeds, partial(critic_loss, args), critic, critic_target, perturb_target, decoder)
-    actor_losses = lift(args.seeds, partial(actor_loss, args), perturb, critic, decoder)
+    vae_losses = lift(args.seeds, vae_loss, vae.encoder, vae.decoder)
+    critic_losses = lift(args.seeds, partial(critic_loss, args), critic, critic_target, perturb_target, vae.decoder)
+    actor_losses = lift(args.seeds, partial(actor_loss, args), perturb, critic, vae.decoder)
 
     def update():
         batch = data.sample(args.batch_size, args.seeds)
-        loss_vae = vae_losses(batch)  # (), or (S,)
-        vae_opt.zero_grad()
-        loss_vae.sum().backward()
-        vae_opt.step()
-
-        loss_q = critic_losses(batch)
-        critic_opt.zero_grad()
-        loss_q.sum().backward()
-        critic_opt.step()
+        loss_vae, loss_q = vae_losses(batch), critic_losses(batch)  # () each, or (S,)
+        opt.zero_grad()
+        (loss_vae + loss_q).sum().backward()
+        opt.step()
 
         loss_pi = actor_losses(batch)
         actor_opt.zero_grad()
@@ -216,8 +217,8 @@ def train(args):
 
     update = run.graphed(update)
     act = lift(args.seeds, policy, actor)
-    state = dict(actor=actor, encoder=encoder, perturb_target=perturb_target, critic_target=critic_target)
-    for step in run.steps(data, **state, vae_opt=vae_opt, critic_opt=critic_opt, actor_opt=actor_opt):
+    state = dict(actor=actor, perturb_target=perturb_target, critic_target=critic_target)
+    for step in run.steps(data, **state, opt=opt, actor_opt=actor_opt):
         update()
         if run.due(step):
             run.report(step, data.evaluate(act, args.eval_episodes, args.seed, args.seeds))

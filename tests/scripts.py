@@ -23,6 +23,7 @@ SCRIPTS = {
     "sac": Script("why offline fails", 200, acts=True, quick={"env": "hopper", "start_steps": 70, "eval_every": 100}),
     "offline_sac": Script("why offline fails", 195),
     "bcq": Script("policy constraint", 230),
+    "bear": Script("policy constraint", 270, quick={"warmup": 12}),  # 10 lines of it are TUNED
     "awac": Script("policy constraint", 200),
     "td3_bc": Script("policy constraint", 190),
     "rebrac": Script("policy constraint", 225),  # 25 lines of it are TUNED
