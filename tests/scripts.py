@@ -24,6 +24,7 @@ SCRIPTS = {
     "offline_sac": Script("why offline fails", 195),
     "bcq": Script("policy constraint", 230),
     "bear": Script("policy constraint", 270, quick={"warmup": 12}),  # 10 lines of it are TUNED
+    "awr": Script("policy constraint", 215, quick={"critic_steps": 4, "actor_steps": 7}),
     "awac": Script("policy constraint", 200),
     "td3_bc": Script("policy constraint", 190),
     "rebrac": Script("policy constraint", 225),  # 25 lines of it are TUNED
