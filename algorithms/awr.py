@@ -5,8 +5,8 @@
     actor    L_pi = -E min(exp(A / beta), 20) log pi(act | obs) + 5 E |mean - clip(mean)|^2
              A    = R - V(obs), less its mean over the data, divided by its deviation
 
-In turn: 200 updates of V, new returns, 1,000 updates of the actor, which --steps counts. As in the authors' code, not in
-the paper, A is normalized over the data. Differs from that code: it learns online from its 50,000 newest transitions,
+In turn: 200 updates of V, new returns, 1,000 of the actor, which --steps counts. As in the authors' code, not in the
+paper, A is normalized over the data. Differs from that code: it learns online from its 50,000 newest transitions,
 D4RL's scores of AWR are of the last 50,000 of each set, here it is all of them, drawn with replacement, observations
 normalized over all, not the first 300,000; PyTorch's initial weights; AntMaze's rewards are lowered by 1.
 Usage: python algorithms/awr.py --env halfcheetah-medium
