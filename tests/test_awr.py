@@ -164,12 +164,15 @@ def test_seeds_do_not_leak(small, monkeypatch):
 
 
 def test_a_resume_weighs_anew(small, monkeypatch):
-    """Within a turn of the actor's: the weights come from V as it is, and V does not move."""
-    turns = []
+    """Within a turn of the actor's: the weights come from V as it is, and V does not move. What is kept of V's loss has
+    no history, which would chain each of its updates to the one before."""
+    turns, runs, save = [], [], Run._save
     original = awr.lambda_returns
     monkeypatch.setattr(awr, "lambda_returns", lambda *words: turns.append(1) or original(*words))
+    monkeypatch.setattr(Run, "_save", lambda run: (runs.append(run), save(run)))
     args = arguments(awr, small, steps=10, actor_steps=7)
     awr.train(args)
     assert len(turns) == 3  # at the start, and in both turns after V's updates
     awr.train(dataclasses.replace(args, steps=13, resume=True))
     assert len(turns) == 4
+    assert all(not run.state["loss_v"].requires_grad for run in runs)

@@ -103,9 +103,9 @@ def test_policy(batch, actor):
 
 
 def test_update(small, monkeypatch):
-    """Six steps with other values than the defaults, on rewards that a task shifts."""
+    """Four steps with other values than the defaults, on rewards that a task shifts."""
     changes = dict(n_actions=3, lam=0.6, phi=0.3, gamma=0.9, tau=0.1, lr=2e-3)
-    args = arguments(bcq, small, steps=6, batch_size=16, **changes)
+    args = arguments(bcq, small, steps=4, batch_size=16, **changes)
     traced = trace(bcq, monkeypatch, args, task={"rew_shift": -1.0})
 
     obs, act, rew, next_obs, done = columns(small)
@@ -127,7 +127,7 @@ def test_update(small, monkeypatch):
         return (act + 0.3 * mlp(params, torch.cat([obs, act], 1)).tanh()).clamp(-1, 1)
 
     draws = iter(traced.random)
-    assert len(traced.batches) == 6 and {kind for kind, _ in traced.random} == {"randn_like"}
+    assert len(traced.batches) == 4 and {kind for kind, _ in traced.random} == {"randn_like"}
     for step, batch in enumerate(traced.batches):
         assert batch.obs.shape == (16, 11)
         (_, noise), (_, next_noise) = next(draws), next(draws)
