@@ -9,12 +9,14 @@ from results.tables.records import grouped
 
 
 def lines(cells, published):
-    """A line of a list for each task, source and number of updates; the algorithms from the lowest score up."""
+    """A line of a list for each task, source and number of updates; the algorithms from the lowest score up. Published
+    scores of D4RL's v0 datasets, which are other data, have no place in an order of v2's."""
     found = []
     for group in grouped(cells, "source", "steps").values():
         tasks = defaultdict(dict)
         for cell in group:
-            if (cell.name, cell.env) in published:
+            row = published.get((cell.name, cell.env))
+            if row and row["note"].startswith("v2 "):
                 tasks[cell.env, cell.source][cell.name] = np.mean(cell.scores)
         for (env, source), ours in tasks.items():
             if len(ours) >= 3:
