@@ -42,6 +42,7 @@ FILE = ROOT / "results" / "bench.json"
 ROUNDS = 3  # of which the median is taken
 WARM = 12  # updates beforehand: three of each kind, then those that capture its graph
 EVERY = {"gail": 96_000}  # updates between evaluations; of the others 5,000
+TURN = {"awr": 1000}  # updates that belong together: before them come those of V
 LONG = 96 * 10**7  # --steps, never reached
 
 
@@ -107,7 +108,7 @@ def measure(script, seeds, device, seconds, graph=True):
 
         yield from some(1)
         yield from some(WARM if device == "cuda" and run.stride == 1 else 0)
-        n, rates = 1, []
+        n, rates = (turn := TURN.get(script, 1)), []
         while len(rates) < ROUNDS:
             finish(device)
             start = time.perf_counter()
@@ -116,7 +117,7 @@ def measure(script, seeds, device, seconds, graph=True):
             elapsed = time.perf_counter() - start
             if elapsed > 0.5 * seconds / ROUNDS:
                 rates.append(n * run.stride / elapsed)
-            n = max(n, min(10 * n, int(n * seconds / ROUNDS / elapsed)))
+            n = max(n, min(10 * n, int(n * seconds / ROUNDS / elapsed) // turn * turn))
         run._checked = LONG - taken - run.stride  # so many steps were watched, not all up to the last
         yield LONG  # the last one is evaluated
         loop.close()

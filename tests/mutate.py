@@ -46,6 +46,12 @@ EQUIVALENT = {
         r"^loss_(q|pi)\.detach\(\)": "Run.watch detaches what it keeps",
         r"if args\.log_actions else {} -> pass|^log\.earn": "test_log_repeats_the_buffer reads the log",
     },
+    "awr": {
+        r"^100000 -> 100001": "how many rows go through V at once, for want of memory",
+    },
+    "bear": {
+        r"^args\.sigma -> .* @ if ": "half of it has the same sign",
+    },
     "cql": {
         r"^args\.threshold -> ": "half of it has the same sign",
         r"^0 -> 1 @ loss = .* #2": "a number added to the loss has no gradient, and what is watched has not got it",

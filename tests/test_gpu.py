@@ -40,6 +40,14 @@ def test_measure(on_small, monkeypatch):
     assert len(on_small) > 3 * 10 and row["evaluation_share"] == 0  # the evaluation took none of this clock's time
 
 
+def test_measure_takes_whole_turns(on_small, monkeypatch):
+    """The first update, three rounds of a turn, which is longer than asked for, and the last, to be evaluated."""
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.01 * len(on_small))
+    monkeypatch.setitem(bench.TURN, "bc", 20)
+    bench.measure("bc", 1, "cpu", 0.01)
+    assert len(on_small) == 1 + 3 * 20 + 1
+
+
 def test_measure_sees_a_loss_that_is_not_finite(on_small, monkeypatch):
     watch = Run.watch
     monkeypatch.setattr(Run, "watch", lambda run, losses: watch(run, {k: v * float("nan") for k, v in losses.items()}))

@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from algorithms import bc, cql, dt, iql, mopo, offline_sac, td3_bc
+from algorithms import awr, bc, bcq, cql, dt, iql, mopo, offline_sac, td3_bc
 
 HORIZON = 10
 VALUES = dict(gamma=0.9, tau=0.05)  # sees as far as an episode is long; the targets follow in 20 updates
@@ -132,6 +132,18 @@ def test_plain_sac_fails(data, tmp_path):
 def test_bc(tmp_path):
     """It learns the mean of what is done in a state, which does not tremble: 6.6 in the data, 73 without."""
     assert score(bc, shaky(), tmp_path, steps=300) > 45
+
+
+def test_bcq(tmp_path):
+    """All that is to be had on the left, of which a clone has half: 11.7. Here the VAE's proposals are hardly more than
+    the clone's action, and --phi is how far from it the policy may go."""
+    assert score(bcq, both_ways(), tmp_path, steps=250, n_actions=2, phi=0.3, **VALUES) > 18
+
+
+def test_awr(tmp_path):
+    """The clone's mean, of the better actions: more than 11.7. To V, which is the data's, left is better."""
+    args = dict(steps=1500, gamma=0.9, critic_steps=100, actor_steps=100, lr=0.05, actor_lr=1e-3, beta=0.3)
+    assert score(awr, both_ways(), tmp_path, **args) > 13
 
 
 def test_td3_bc(tmp_path):

@@ -93,12 +93,14 @@ def test_cells(folder):
     write(folder, "seed=5", seed=5, score=93.0, source="d4rl")
     write(folder, "seed=6", seed=6, score=94.0, args={"lr": 1e-4})  # the default was another one then
     write(folder, "seed=0,top_fraction=0.1", algorithm="bc", score=20.0)
+    write(folder, "seed=0", algorithm="awr", score=30.0)
     text = runs.cells_table(cells_in(folder), read_published())
     lines = [line for line in text.splitlines() if line.startswith("| hopper")]
+    assert "| hopper-medium | AWR | 30.0 | 1 | 1,000 | collected | 17.4 |" in lines  # published without a deviation
     assert "| hopper-medium | TD3+BC | 12.0 ± 2.8 | 2 | 1,000 | collected | 60.4 ± 3.5 |" in lines
     assert "| hopper-medium | 10% BC | 20.0 | 1 | 1,000 | collected | 55.5 ± 7.3 |" in lines
     assert "| hopper-medium | TD3+BC lr=0.1 | 91.0 | 1 | 1,000 | collected |  |" in lines
-    assert len(lines) == 7
+    assert len(lines) == 8
 
 
 def test_a_record_of_an_unknown_script(folder):
@@ -234,8 +236,9 @@ def test_rank_agreement(folder):
         write(folder, "seed=0", algorithm=algorithm, score=score)
         write(folder, "seed=0", algorithm=algorithm, score=score if algorithm != "bc" else 0.0, env="walker2d-medium")
     write(folder, "seed=0", algorithm="bc", env="halfcheetah-medium")
+    write(folder, "seed=0", algorithm="bcq", score=1.5)  # its published last score, 52.5, is of v0's hopper-medium
     then = {"BC": "3", "TD3+BC": "1", "IQL": "2"}  # after 1,000 updates, on hopper-medium alone
-    then = {(name, "hopper-medium", 1000): {"mean": mean} for name, mean in then.items()}
+    then = {(name, "hopper-medium", 1000): {"mean": mean, "note": "v0 data"} for name, mean in then.items()}
     lines = agreement.lines(cells_in(folder), read_published() | then).splitlines()
     assert lines == [
         "- hopper-medium (collected): after 1,000 updates 1.00, of TD3+BC, IQL, BC; last -0.50, of TD3+BC, IQL, BC",
@@ -262,7 +265,7 @@ def test_fill():
 
 def test_published_scores_have_sources():
     rows = read_published()
-    assert sum(len(key) == 2 for key in rows) == 12 * 9  # algorithms x tasks
+    assert sum(len(key) == 2 for key in rows) == 15 * 9  # algorithms x tasks
     assert sum(len(key) == 3 for key in rows) == 8 * 9 * 7 - 3 * 9  # x updates, of DT up to 50,000
     assert all(row["source"] and row["note"] for row in rows.values())
 

@@ -10,7 +10,8 @@ from results.tables.records import grouped
 
 def lines(cells, published):
     """Items of a list for each task, source and number of updates, and the means over the tasks: with what published
-    curves have after as many updates, and with the published last scores. The algorithms from the lowest score up.
+    curves have after as many updates, on D4RL's v0 datasets, and with the published last scores, on the v2, which are
+    other data: no order mixes them. The algorithms from the lowest score up.
     """
     found = []
     for (source, steps), group in grouped(cells, "source", "steps").items():
@@ -20,11 +21,12 @@ def lines(cells, published):
         sums = {after: [], "last": []}
         for env, scores in tasks.items():
             words = []
-            for which, key in ((after, (steps,)), ("last", ())):
-                ours = {name: score for name, score in scores.items() if (name, env, *key) in published}
+            for which, key, version in ((after, (steps,), "v0 "), ("last", (), "v2 ")):
+                rows = {name: published.get((name, env, *key), {"note": ""}) for name in scores}
+                ours = {name: score for name, score in scores.items() if rows[name]["note"].startswith(version)}
                 if len(ours) < 3:
                     continue
-                theirs = [float(published[name, env, *key]["mean"]) for name in ours]
+                theirs = [float(rows[name]["mean"]) for name in ours]
                 sums[which].append(spearmanr(list(ours.values()), theirs).statistic)
                 words.append(f"{which} {sums[which][-1]:.2f}, of {', '.join(sorted(ours, key=ours.get))}")
             if words:

@@ -14,7 +14,8 @@ def cells_table(cells, published):
         rows = []
         for cell in own:
             row = published.get((cell.name, cell.env))
-            theirs = f"{float(row['mean']):.1f} ± {float(row['std']):.1f}" if row and not cell.changed else ""
+            theirs = f"{float(row['mean']):.1f}" if row and not cell.changed else ""
+            theirs += f" ± {float(row['std']):.1f}" if theirs and row["std"] else ""  # AWR's is not published
             score = mean_and_deviation(cell.scores) + ("" if cell.normalized else " (return)")
             rows.append([cell.env, cell.label, score, len(cell.records), f"{cell.steps:,}", cell.source, theirs])
         tables.append(markdown(heads, rows))
