@@ -12,6 +12,7 @@ from datasets.catalog import BODIES, TASKS, Task, UserError, find_task
 from datasets.dataset import Batch, Dataset, SarsaBatch
 from datasets.loading import load
 from datasets.store import write_whole
+from datasets.tasks import icu_sepsis
 from datasets.vector_env import Envs
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Task",
     "UserError",
     "find_task",
+    "icu_sepsis",
     "load",
     "write_whole",
 ]

@@ -17,11 +17,8 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import FilterObservation, FlattenObservation, RescaleAction, TransformAction
 
+from datasets.errors import UserError
 from datasets.tasks import mazes
-
-
-class UserError(Exception):
-    """Something the user can put right: a script shows it as one sentence, without a traceback."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,8 @@ LAYERS = [
     {"datasets.vector_env"},
     {"datasets.catalog"},
     {"datasets.tasks.d4rl_envs"},
-    {"datasets.tasks.mazes"},
-    {"datasets.processes", "datasets.action_log"},
+    {"datasets.tasks.mazes", "datasets.tasks.icu_sepsis"},
+    {"datasets.processes", "datasets.action_log", "datasets.errors"},
 ]
 
 
