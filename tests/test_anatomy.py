@@ -170,7 +170,7 @@ def test_same_text():
     assert len({SOURCES[name].split("        if run.due(step):\n")[1] for name in LIFTED if name not in remember}) == 1
 
 
-DISCRETE = [("offline_dqn", "discrete_bcq", 30), ("offline_dqn", "discrete_cql", 40)]
+DISCRETE = [("offline_dqn", "discrete_bcq", 40), ("offline_dqn", "discrete_cql", 50)]
 
 
 @pytest.mark.parametrize(
