@@ -55,6 +55,7 @@ reproduce: $(READY)  ## run what is missing of the grid ALGOS x ENVS x SEEDS at 
 # d3rlpy is for the last study alone: where it cannot be installed, the others are measured and shown all the same.
 studies: $(READY)  ## train and measure what results/studies/ asks (hours on a CPU; goes on where it stopped)
 	$(PYTHON) results/studies/extrapolation.py
+	$(PYTHON) results/studies/q_divergence.py
 	$(PYTHON) results/studies/cql_alpha.py
 	$(PYTHON) results/studies/stitching.py
 	$(PYTHON) results/studies/return_conditioning.py
