@@ -97,8 +97,8 @@ def deep(checkpoint, promises=True):
 
 def measure():
     task, points = find_task(TASK), []
-    for size in SIZES:
-        for seed in SEEDS:
+    for seed in SEEDS:
+        for size in SIZES:
             file = runs_of(STUDY, f"data {size} {seed}.hdf5")
             data = collect(task, [("clinicians", size, seed)], f"{size} {seed}")
             if not file.exists():
