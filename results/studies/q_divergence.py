@@ -4,34 +4,36 @@ From 10,000, 50,000 and 200,000 steps of the clinicians' policy (some 1,100, 5,4
 In a table: value iteration on the counts, which is offline Q-learning without a network and takes only what was taken;
 the same with 0.2 / sqrt(count) off each step's value; BCQ, which wants an action taken 0.3 times as often as the
 commonest; and the clone. With networks that see a state's 47 features: offline DQN, discrete BCQ, CQL with two weights,
-and BC, which is BCQ with the threshold 1. To fit a CPU: 3,000 updates at a learning rate of 1e-3, a copy every 100.
+and BC, which is BCQ's imitation. To fit a CPU: 2,000 updates at a learning rate of 1e-3, a copy every 50.
 Nothing is discounted, so that all is a probability of survival; what is true is computed from the matrices.
 
 Usage: make studies, or python results/studies/q_divergence.py
 """
 
+import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from algorithms import discrete_bcq, discrete_cql, offline_dqn
 from datasets import find_task, icu_sepsis
 from datasets.collect_discrete import collect
 from datasets.store import write_hdf5
 from results.checkpoint import load_agent
-from results.studies.common import keep, kept, once, runs_of, save_figure, train
+from results.studies.common import keep, kept, once, runs_of, save_figure
 
 STUDY, TASK = "q_divergence", "icu-sepsis-clinicians-features"
-SIZES, SEEDS, STEPS = (10_000, 50_000, 200_000), (0, 1, 2), 3_000
-SETTINGS = ["--lr", 1e-3, "--gamma", 1.0, "--target-every", 100, "--eval-every", STEPS]
+SIZES, SEEDS, STEPS = (10_000, 50_000, 200_000), (0, 1, 2), 2_000
+SETTINGS = dict(steps=STEPS, lr=1e-3, gamma=1.0, target_every=50, eval_every=STEPS, eval_episodes=1, device="cpu")
 DEEP = {
-    "offline DQN": ["offline_dqn"],
-    "BCQ": ["discrete_bcq"],
-    "CQL, alpha 0.1": ["discrete_cql", "--alpha", 0.1],
-    "CQL, alpha 1": ["discrete_cql", "--alpha", 1.0],
-    "BC": ["discrete_bcq", "--threshold", 1.0],
+    "offline DQN": (offline_dqn, {}),
+    "BCQ": (discrete_bcq, {}),
+    "CQL, alpha 0.1": (discrete_cql, {"alpha": 0.1}),
+    "CQL, alpha 1": (discrete_cql, {"alpha": 1.0}),
 }
 COLORS = {"offline DQN": "tab:brown", "BCQ": "tab:blue", "CQL, alpha 0.1": "tab:orange", "CQL, alpha 1": "tab:red"}
 COLORS |= {"BC": "tab:gray", "table": "tab:brown", "table, penalty": "tab:orange", "table, BCQ": "tab:blue"}
@@ -81,37 +83,39 @@ def tables(data):
     }
 
 
-@torch.no_grad()
-def deep(checkpoint, promises=True):
-    """The same of a checkpoint: what its network says of its own actions at the start, and what is true of them."""
+def deep(name, file, seed):
+    """The same of a network: what it says of its own actions at the start, and what is true of them. BCQ's brings BC."""
+    (script, options), runs = DEEP[name], runs_of(STUDY, f"{name} {file.stem}")
+    with mock.patch.dict(os.environ, RUNS_DIR=str(runs)):  # in this process: another would spend seconds on its imports
+        script.train(script.Args(env=str(file), seed=seed, **SETTINGS, **options))
+    checkpoint = max(runs.rglob("checkpoint.pt"), key=lambda path: path.stat().st_mtime)
     saved, script, data, policy = load_agent(checkpoint)
-    quantiles = [saved["args"]["quantiles"]] if "quantiles" in saved["args"] else []
-    critic = script.Critic(data.obs_shape, data.n_actions, *quantiles)
+    critic = script.Critic(data.obs_shape, data.n_actions, *[0] * (script is discrete_cql))
     critic.load_state_dict(saved["state"]["critic"])
     obs = torch.from_numpy(icu_sepsis.observe(np.arange(icu_sepsis.S), **data.task.env_args))
-    act, q = policy(obs), critic(obs)
-    q = q[0] if isinstance(q, tuple) else q.mean(-1) if q.ndim == 3 else q  # BCQ has two heads, CQL quantiles
+    with torch.no_grad():
+        act, out = policy(obs).numpy(), critic(obs)
+    q = out[0] if name == "BCQ" else out.squeeze(-1) if script is discrete_cql else out
     promise = icu_sepsis.load_mdp().start @ q[torch.arange(len(q)), act].numpy()
-    return truth(icu_sepsis.deterministic(act.numpy()), promise if promises else None)
+    measured = {name: truth(icu_sepsis.deterministic(act), promise)}
+    if name == "BCQ":
+        measured["BC"] = truth(icu_sepsis.deterministic(out[1].argmax(1).numpy()))
+    return measured
 
 
 def measure():
     task, points = find_task(TASK), []
     for seed in SEEDS:
         for size in SIZES:
-            file = runs_of(STUDY, f"data {size} {seed}.hdf5")
+            file = runs_of(STUDY, f"{size} {seed}.hdf5")
             data = collect(task, [("clinicians", size, seed)], f"{size} {seed}")
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_hdf5(file, data)
             measured = once(STUDY, f"tables {size} {seed}", lambda data=data: tables(data))
-            for name, (script, *words) in DEEP.items():
-                label = f"{name} {size} {seed}"
-                options = [script, STEPS, "--env", file, "--seed", seed, *SETTINGS, *words]
-                stage = lambda label=label, options=options, name=name: deep(
-                    train(STUDY, label, *options), name != "BC"
-                )
-                measured[name] = once(STUDY, label, stage)
+            for name in DEEP:
+                stage = lambda name=name, file=file, seed=seed: deep(name, file, seed)
+                measured |= once(STUDY, f"{name} {size} {seed}", stage)
             points += [{"size": size, "seed": seed, "name": name, **point} for name, point in measured.items()]
     keep(STUDY, points=points)
 
