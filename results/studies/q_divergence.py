@@ -17,6 +17,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from scipy import sparse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from algorithms import discrete_bcq, discrete_cql, offline_dqn
@@ -54,23 +55,22 @@ def tables(data):
     """{name: measured} of the four learners in tables. A state without data has the value 0, and all is as likely."""
     S, A = icu_sepsis.S, icu_sepsis.A
     state, act, rew, next_state, _ = (column.flatten().long().numpy() for column in data.split(data.rows))
-    counts, rewards, moves = np.zeros((S, A)), np.zeros((S, A)), np.zeros((S, A, S))
-    np.add.at(counts, (state, act), 1)
-    np.add.at(rewards, (state, act), rew)
-    np.add.at(moves, (state, act, next_state), 1)
+    row = state * A + act
+    counts = np.bincount(row, minlength=S * A).reshape(S, A)
     n = np.maximum(counts, 1)
-    rewards, moves = rewards / n, moves / n[..., None]
+    rewards = np.bincount(row, rew, S * A).reshape(S, A) / n
+    moves = sparse.csr_matrix((1 / n.ravel()[row], (row, next_state)), (S * A, S))
     start = icu_sepsis.load_mdp().start
 
     def iterate(allowed, penalty=0.0):
         values = np.zeros(S)
         for _ in range(1000):
-            q = np.where(allowed, rewards - penalty / np.sqrt(n) + moves @ values, -np.inf)
+            q = np.where(allowed, rewards - penalty / np.sqrt(n) + (moves @ values).reshape(S, A), -np.inf)
             best = np.where(allowed.any(1), q.max(1), 0)
             if np.abs(best - values).max() < 1e-6:
                 break
             values = best
-        policy = np.where(allowed.any(1)[:, None], icu_sepsis.deterministic(q.argmax(1)), icu_sepsis.uniform())
+        policy = np.where(allowed.any(1)[:, None], icu_sepsis.deterministic(q.round(9).argmax(1)), icu_sepsis.uniform())
         return truth(policy, start @ values)
 
     clone = np.where(counts.any(1)[:, None], counts / np.maximum(counts.sum(1, keepdims=True), 1), icu_sepsis.uniform())
@@ -84,7 +84,7 @@ def tables(data):
 
 
 def deep(name, file, seed):
-    """The same of a network: what it says of its own actions at the start, and what is true of them. BCQ's brings BC."""
+    """The same of a network: what it says of its own actions at the start, what is true of them. BCQ's brings BC."""
     (script, options), runs = DEEP[name], runs_of(STUDY, f"{name} {file.stem}")
     with mock.patch.dict(os.environ, RUNS_DIR=str(runs)):  # in this process: another would spend seconds on its imports
         script.train(script.Args(env=str(file), seed=seed, **SETTINGS, **options))
