@@ -86,9 +86,10 @@ def tables(data):
 def deep(name, file, seed):
     """The same of a network: what it says of its own actions at the start, what is true of them. BCQ's brings BC."""
     (script, options), runs = DEEP[name], runs_of(STUDY, f"{name} {file.stem}")
+    args = script.Args(env=str(file), seed=seed, resume=any(runs.rglob("checkpoint.pt")), **SETTINGS, **options)
     with mock.patch.dict(os.environ, RUNS_DIR=str(runs)):  # in this process: another would spend seconds on its imports
-        script.train(script.Args(env=str(file), seed=seed, **SETTINGS, **options))
-    checkpoint = max(runs.rglob("checkpoint.pt"), key=lambda path: path.stat().st_mtime)
+        script.train(args)
+    (checkpoint,) = runs.rglob("checkpoint.pt")
     saved, script, data, policy = load_agent(checkpoint)
     critic = script.Critic(data.obs_shape, data.n_actions, *[0] * (script is discrete_cql))
     critic.load_state_dict(saved["state"]["critic"])
