@@ -14,10 +14,11 @@ help:  ## this list
 
 install: $(READY)  ## make .venv with everything that requirements.txt pins
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements-tasks.txt
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: put one first on PATH")'
 	python3 -m venv .venv
 	.venv/bin/python -m pip install --disable-pip-version-check --progress-bar on -r requirements.txt
+	.venv/bin/python -m pip install --disable-pip-version-check --no-deps -r requirements-tasks.txt
 	touch $@
 
 quickstart: $(READY)  ## install, collect a dataset, train TD3+BC on it, print its normalized score (minutes)
@@ -54,6 +55,7 @@ reproduce: $(READY)  ## run what is missing of the grid ALGOS x ENVS x SEEDS at 
 # d3rlpy is for the last study alone: where it cannot be installed, the others are measured and shown all the same.
 studies: $(READY)  ## train and measure what results/studies/ asks (hours on a CPU; goes on where it stopped)
 	$(PYTHON) results/studies/extrapolation.py
+	$(PYTHON) results/studies/q_divergence.py
 	$(PYTHON) results/studies/cql_alpha.py
 	$(PYTHON) results/studies/stitching.py
 	$(PYTHON) results/studies/return_conditioning.py

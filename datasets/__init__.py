@@ -8,14 +8,16 @@ import farama_notifications
 farama_notifications.notifications.pop("gymnasium_robotics", None)
 
 from datasets.action_log import ActionLog
-from datasets.catalog import BODIES, TASKS, Task, UserError, find_task
+from datasets.catalog import BODIES, GAMES, TASKS, Task, UserError, find_task
 from datasets.dataset import Batch, Dataset, SarsaBatch
 from datasets.loading import load
 from datasets.store import write_whole
+from datasets.tasks import icu_sepsis
 from datasets.vector_env import Envs
 
 __all__ = [
     "BODIES",
+    "GAMES",
     "TASKS",
     "ActionLog",
     "Batch",
@@ -25,6 +27,7 @@ __all__ = [
     "Task",
     "UserError",
     "find_task",
+    "icu_sepsis",
     "load",
     "write_whole",
 ]

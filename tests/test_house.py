@@ -12,6 +12,7 @@ LAYERS = [
     {LIBRARY},
     {"datasets.loading"},
     {"datasets.collect"},  # which exports to Minari
+    {"datasets.collect_discrete"},
     {"datasets.d4rl", "datasets.minari_io"},
     {"datasets.store"},
     {"datasets.dataset"},
@@ -19,8 +20,8 @@ LAYERS = [
     {"datasets.catalog"},
     {"datasets.tasks.maze2d"},
     {"datasets.tasks.d4rl_envs"},
-    {"datasets.tasks.mazes"},
-    {"datasets.processes", "datasets.action_log"},
+    {"datasets.tasks.mazes", "datasets.tasks.icu_sepsis", "datasets.tasks.minatar"},
+    {"datasets.processes", "datasets.action_log", "datasets.errors"},
 ]
 
 

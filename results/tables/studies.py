@@ -6,12 +6,13 @@ from results.studies import (
     extrapolation,
     model_error,
     peer_iql,
+    q_divergence,
     return_conditioning,
     stitching,
 )
 from results.tables.records import RESULTS
 
-STUDIES = extrapolation, cql_alpha, stitching, return_conditioning, model_error, demonstrations, peer_iql
+STUDIES = extrapolation, q_divergence, cql_alpha, stitching, return_conditioning, model_error, demonstrations, peer_iql
 
 
 def sections():

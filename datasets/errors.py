@@ -1,0 +1,2 @@
+class UserError(Exception):
+    """Something the user can put right: a script shows it as one sentence, without a traceback."""
