@@ -9,6 +9,7 @@ farama_notifications.notifications.pop("gymnasium_robotics", None)
 
 from datasets.action_log import ActionLog
 from datasets.catalog import BODIES, TASKS, Task, UserError, find_task
+from datasets.collect import load_expert
 from datasets.dataset import Batch, Dataset, SarsaBatch
 from datasets.loading import load
 from datasets.store import write_whole
@@ -26,6 +27,7 @@ __all__ = [
     "UserError",
     "find_task",
     "load",
+    "load_expert",
     "write_whole",
 ]
 
