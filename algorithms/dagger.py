@@ -31,8 +31,8 @@ class Args:
     env: str = "hopper-expert"  # the task whose behaviour policy is the expert
     expert: str = ""  # another expert: a policy that sac.py has written (--snapshot-every)
     seed: int = 0
-    steps: int = 20_000  # environment steps
-    batch_size: int = 64
+    steps: int = 10_000  # environment steps
+    batch_size: int = 256
     lr: float = 1e-3
     eval_every: int = 1_000
     eval_episodes: int = 10
@@ -94,7 +94,8 @@ def train(args):
             actor_opt.step()
         return {"actor_loss": loss}
 
-    for step in run.steps(data, stride=args.round_steps, buffer=data, actor=actor, actor_opt=actor_opt, **counts):
+    state = dict(buffer=data, actor=actor, actor_opt=actor_opt, **counts)
+    for step in run.steps(data, stride=args.round_steps, **state):
         i, obs = step // args.round_steps - 1, None
         for t in range(step - args.round_steps, step):
             if obs is None:  # seeded by the step, so that a resumed run meets the same start states

@@ -1,14 +1,14 @@
 """EnsembleDAgger: A Bayesian Approach to Safe Imitation Learning (Menda et al., IROS 2019), arXiv:1807.08364.
 
-    act      the policy where off = |pi(obs) - expert(obs)|^2 <= tau and doubt(obs) <= chi, and else the expert
+    act      the policy where off = |pi(obs) - expert(obs)|^2 <= max_off and doubt <= max_doubt, and else the expert
     data     D <- D + {(obs, expert(obs)) for every obs of the round}, whoever acted; the first is the expert's alone
     policy   L_pi = sum_n E_D (pi_n(obs) - act)^2, an ensemble, whose mean acts
     doubt    |variances of the pi_n(obs)|_2
 
 Sister of dagger.py, to spare falls while training, not labels: the expert says at each step what it would do. Where it
 has been seen rarely, a small discrepancy may be luck; the doubt tells. Differs from the paper: 5 networks, not 10, each
-with batches of its own; tau and chi are this project's; a round is so many steps, its last episode cut; a fit goes on
-from the last one.
+with batches of its own; max_off and max_doubt are this project's; a round is so many steps, its last episode cut; a
+fit goes on from the last one.
 Usage: python algorithms/ensemble_dagger.py --env hopper-expert
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,8 +31,8 @@ class Args:
     env: str = "hopper-expert"  # the task whose behaviour policy is the expert
     expert: str = ""  # another expert: a policy that sac.py has written (--snapshot-every)
     seed: int = 0
-    steps: int = 20_000  # environment steps
-    batch_size: int = 64
+    steps: int = 10_000  # environment steps
+    batch_size: int = 256
     lr: float = 1e-3
     eval_every: int = 1_000
     eval_episodes: int = 10
@@ -42,8 +43,8 @@ class Args:
     buffer_size: int = 1_000_000
     round_steps: int = 1_000  # environment steps of a round
     updates: int = 1_000  # of the policy after each round
-    tau: float = 0.5  # squared distance of the actions above which the expert acts
-    chi: float = 0.1  # doubt above which it acts, too
+    max_off: float = 0.5  # squared distance of the actions above which the expert acts
+    max_doubt: float = 0.1  # doubt above which it acts, too
 
 
 def mlp(*sizes):
@@ -78,7 +79,7 @@ def doubt_of(obs, actor):
 
 
 def actor_loss(batch, actor):
-    return ((actor(batch.obs) - batch.act) ** 2).mean((1, 2)).sum()  # no member feels another
+    return actor.N * F.mse_loss(actor(batch.obs), batch.act)  # the sum over members: none feels another
 
 
 def train(args):
@@ -102,7 +103,8 @@ def train(args):
             actor_opt.step()
         return {"actor_loss": loss}
 
-    for step in run.steps(data, stride=args.round_steps, buffer=data, actor=actor, actor_opt=actor_opt, **counts):
+    state = dict(buffer=data, actor=actor, actor_opt=actor_opt, **counts)
+    for step in run.steps(data, stride=args.round_steps, **state):
         i, obs = step // args.round_steps - 1, None
         for t in range(step - args.round_steps, step):
             if obs is None:  # seeded by the step, so that a resumed run meets the same start states
@@ -112,7 +114,7 @@ def train(args):
             with torch.no_grad():
                 act, doubt = policy(x, actor)[0].cpu().numpy(), doubt_of(x, actor)[0].cpu()  # (A,), ()
             off = ((act - label) ** 2).sum()
-            expert_acts = i == 0 or off > args.tau or doubt.item() > args.chi
+            expert_acts = i == 0 or off > args.max_off or doubt.item() > args.max_doubt
             next_obs, rew, terminated, truncated, _ = env.step(label if expert_acts else act)
             data.add(obs, label, rew, next_obs, terminated)
             counts["labels"] += 1

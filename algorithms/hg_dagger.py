@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,8 +31,8 @@ class Args:
     env: str = "hopper-expert"  # the task whose behaviour policy is the expert
     expert: str = ""  # another expert: a policy that sac.py has written (--snapshot-every)
     seed: int = 0
-    steps: int = 20_000  # environment steps
-    batch_size: int = 64
+    steps: int = 10_000  # environment steps
+    batch_size: int = 256
     lr: float = 1e-3
     eval_every: int = 1_000
     eval_episodes: int = 10
@@ -83,7 +84,7 @@ def threshold_of(doubts):
 
 
 def actor_loss(batch, actor):
-    return ((actor(batch.obs) - batch.act) ** 2).mean((1, 2)).sum()  # no member feels another
+    return actor.N * F.mse_loss(actor(batch.obs), batch.act)  # the sum over members: none feels another
 
 
 def train(args):
@@ -97,7 +98,7 @@ def train(args):
     actor = Actor(data.obs_dim, data.act_dim).to(run.device)
     actor_opt = torch.optim.Adam(actor.parameters(), args.lr, fused=True)
     counts = {name: torch.zeros(()) for name in ("labels", "takeovers", "policy_steps", "falls")}
-    doubts = torch.full((args.steps,), torch.nan)  # of the steps at which the expert took over
+    doubts = torch.full((args.steps,), -1.0)  # at the steps at which the expert took over
 
     def fit():
         """On all that is labelled, from where the last round's fit ended."""
@@ -131,7 +132,7 @@ def train(args):
             counts["falls"] += terminated
             obs, expert_acted = None if terminated or truncated else next_obs, expert_acts
 
-        run.watch(fit() | counts | {"doubt_threshold": threshold_of(doubts[~doubts.isnan()])})
+        run.watch(fit() | counts | {"doubt_threshold": threshold_of(doubts[doubts >= 0])})
         if run.due(step):
             run.report(step, data.evaluate(lambda x: policy(x, actor), args.eval_episodes, args.seed))
 

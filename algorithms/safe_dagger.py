@@ -3,11 +3,11 @@
     act      the policy where the classifier calls it safe, c(obs) <= 0, and else the expert
     data     D <- D + {(obs, expert(obs)) where the expert acted}; the first round is the expert's alone
     policy   L_pi = E_D (pi(obs) - act)^2, fitted after each round
-    safety   L_c  = cross-entropy of sigmoid(c(obs)) and 1[|pi(obs) - act|^2 > tau], fitted on D and D_safe after it
+    safety   L_c  = cross-entropy of sigmoid(c(obs)) and 1[|pi(obs) - act|^2 > max_off], fitted on D and D_safe after it
 
 Sister of dagger.py: where the policy acts, nobody is asked. D_safe is the second half of the first round, which the
 policy is not fitted on: by its own data alone it would seem safe. Differs from the paper: c is a network of its own,
-not on the policy's features; tau is this project's (the paper's 0.0025 is for a steering wheel); a round is so many
+not on the policy's features; max_off is this project's (the paper's 0.0025 is for a steering wheel); a round is so many
 steps, its last episode cut; fits go on from the last ones.
 Usage: python algorithms/safe_dagger.py --env hopper-expert
 """
@@ -31,8 +31,8 @@ class Args:
     env: str = "hopper-expert"  # the task whose behaviour policy is the expert
     expert: str = ""  # another expert: a policy that sac.py has written (--snapshot-every)
     seed: int = 0
-    steps: int = 20_000  # environment steps
-    batch_size: int = 64
+    steps: int = 10_000  # environment steps
+    batch_size: int = 256
     lr: float = 1e-3
     eval_every: int = 1_000
     eval_episodes: int = 10
@@ -43,7 +43,7 @@ class Args:
     buffer_size: int = 1_000_000
     round_steps: int = 1_000  # environment steps of a round
     updates: int = 1_000  # of the policy after each round
-    tau: float = 0.5  # squared distance of the actions from which a policy is not safe
+    max_off: float = 0.5  # squared distance of the actions from which a policy is not safe
 
 
 def mlp(*sizes):
@@ -76,7 +76,7 @@ def actor_loss(batch, actor):
 def safety_loss(args, batch, actor, safety):
     logit = safety(batch.obs).squeeze(-1)  # (B,)
     with torch.no_grad():
-        unsafe = ((actor(batch.obs) - batch.act) ** 2).sum(-1) > args.tau
+        unsafe = ((actor(batch.obs) - batch.act) ** 2).sum(-1) > args.max_off
     return F.binary_cross_entropy_with_logits(logit, unsafe.to(logit.dtype))
 
 
@@ -109,8 +109,9 @@ def train(args):
             safety_opt.step()
         return {"actor_loss": loss, "safety_loss": loss_c}
 
-    state = dict(buffer=data, judged=judged, actor=actor, safety=safety, actor_opt=actor_opt, safety_opt=safety_opt)
-    for step in run.steps(data, stride=args.round_steps, **state, **counts):
+    state = dict(buffer=data, actor=actor, actor_opt=actor_opt, **counts)
+    state |= dict(judged=judged, safety=safety, safety_opt=safety_opt)
+    for step in run.steps(data, stride=args.round_steps, **state):
         i, obs = step // args.round_steps - 1, None
         for t in range(step - args.round_steps, step):
             if obs is None:  # seeded by the step, so that a resumed run meets the same start states

@@ -14,15 +14,15 @@ from datasets import UserError
 
 def test_update(monkeypatch):
     """Three rounds, of which the expert has the first; then it acts where the policy is far off, or doubts."""
-    tau, chi = 0.5, 0.08
-    task, traced = traced_run(ensemble_dagger, monkeypatch, tau=tau, chi=chi)
+    max_off, max_doubt = 0.5, 0.08
+    task, traced = traced_run(ensemble_dagger, monkeypatch, max_off=max_off, max_doubt=max_doubt)
     actor = leaves(traced.start["actor"])
     opts, steps, batches, why = [Adam(own, 3e-3) for own in members(actor)], [], iter(traced.batches), set()
     each = lambda obs: torch.stack([mlp(own, obs).tanh() for own in members(actor)])  # (5, B, 3)
 
     def gate(obs, act, label, before, i):
         acts = each(torch.from_numpy(np.float32(obs)).double()[None])[:, 0].detach().numpy()
-        far, doubts = np.sum((act - label) ** 2) > tau, np.linalg.norm(acts.var(0, ddof=1)) > chi
+        far, doubts = np.sum((act - label) ** 2) > max_off, np.linalg.norm(acts.var(0, ddof=1)) > max_doubt
         why.add((far, doubts))
         return i == 0 or far or doubts
 

@@ -13,16 +13,15 @@ from datasets import Batch, UserError
 
 
 def test_safety_loss():
-    """Danger is a squared distance of the actions above tau; the label is the policy's fault, and moves the classifier
-    alone."""
+    """Danger is a squared distance of the actions above max_off, which moves the classifier and not the policy."""
     torch.manual_seed(0)
     obs, act, rew = torch.randn(6, 4), torch.randn(6, 2), torch.zeros(6)
     actor, safety = torch.nn.Linear(4, 2), torch.nn.Linear(4, 1)
     off = ((actor(obs).detach().numpy() - act.numpy()) ** 2).sum(1)
-    tau = np.sort(off)[2:4].mean()
+    max_off = np.sort(off)[2:4].mean()
     p = 1 / (1 + np.exp(-safety(obs).detach().numpy()[:, 0].astype(np.float64)))
-    expected = -np.mean(np.where(off > tau, np.log(p), np.log(1 - p)))
-    loss = safe_dagger.safety_loss(safe_dagger.Args(tau=tau), Batch(obs, act, rew, obs, rew), actor, safety)
+    expected = -np.mean(np.where(off > max_off, np.log(p), np.log(1 - p)))
+    loss = safe_dagger.safety_loss(safe_dagger.Args(max_off=max_off), Batch(obs, act, rew, obs, rew), actor, safety)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     assert actor.weight.grad is None and safety.weight.grad.abs().sum() > 0
@@ -30,8 +29,8 @@ def test_safety_loss():
 
 def test_update(monkeypatch):
     """Three rounds, of which the expert has the first: half of it is for the classifier alone."""
-    tau = 0.7
-    task, traced = traced_run(safe_dagger, monkeypatch, tau=tau)
+    max_off = 0.7
+    task, traced = traced_run(safe_dagger, monkeypatch, max_off=max_off)
     actor, safety = (leaves(traced.start[name]) for name in ("actor", "safety"))
     assert [len(x) for x in safety.values()] == [256, 256, 256, 256, 1, 1]
     actor_opt, safety_opt, steps, data, judged = Adam(actor, 3e-3), Adam(safety, 3e-3), [], [], []
@@ -50,7 +49,7 @@ def test_update(monkeypatch):
         for _ in range(4):
             batch = next(batches)
             assert_drawn(batch, judged)
-            label = (((policy(batch.obs) - batch.act) ** 2).sum(1) > tau).double()
+            label = (((policy(batch.obs) - batch.act) ** 2).sum(1) > max_off).double()
             safety_loss = F.binary_cross_entropy(mlp(safety, batch.obs)[:, 0].sigmoid(), label)
             safety_opt.step(safety_loss)
         assert_same(
