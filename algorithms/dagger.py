@@ -1,4 +1,4 @@
-"""DAgger: A Reduction of Imitation Learning to No-Regret Online Learning (Ross et al., AISTATS 2011), arXiv:1011.0686.
+"""DAgger: A Reduction of Imitation Learning ... to No-Regret Online Learning (Ross et al. 2011), arXiv:1011.0686.
 
     act      in round i the expert acts with probability beta = decay^i, drawn at each step, and else the policy
     data     D <- D + {(obs, expert(obs)) for every obs of the round}, whoever acted
@@ -6,9 +6,9 @@
 
 A clone errs most where the expert never was, and its cost grows with the horizon as eps T^2; asked about the policy's
 own states, as eps T (results/studies/compounding.py). --decay 1 is a clone with as many labels. The record's curve
-counts what matters to who is asked: labels, times of taking the controls, steps left to the policy, falls. Differs from
-the paper: squared error, on continuous actions; a round is so many steps, its last episode cut; a fit goes on from the
-last one; the last policy is returned, not the best on validation. The expert is a network, asked for its mean action.
+counts what matters to whoever is asked: labels, take-overs, steps left to the policy, falls. Differs from the paper:
+squared error, on continuous actions; a round is so many steps, its last episode cut; a fit goes on from the last one;
+the last policy is returned, not the best on validation. The expert is a network, asked for its mean action.
 Usage: python algorithms/dagger.py --env hopper-expert
 """
 

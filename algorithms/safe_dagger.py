@@ -1,4 +1,4 @@
-"""SafeDAgger: Query-Efficient Imitation Learning for End-to-End Driving (Zhang & Cho, AAAI 2017), arXiv:1605.06450.
+"""SafeDAgger: Query-Efficient Imitation Learning for End-to-End ... Driving (Zhang & Cho, AAAI 2017), arXiv:1605.06450.
 
     act      the policy where the classifier calls it safe, c(obs) <= 0, and else the expert
     data     D <- D + {(obs, expert(obs)) where the expert acted}; the first round is the expert's alone
