@@ -37,8 +37,8 @@ METHODS = {"BC": ["--decay", 1], "DAgger": []}
 def table_of(labels):
     """labels (N, 2), rows (what was seen, what the expert does) -> the action at each observation, (10,): the most
     frequent there; where nothing was ever seen, the most frequent of all."""
-    counts = np.zeros((2 + PLACES, 2 + PLACES))
-    np.add.at(counts, tuple(labels.T), 1)
+    n = 2 + PLACES
+    counts = np.bincount(labels @ [n, 1], minlength=n * n).reshape(n, n)
     return np.where(counts.any(1), counts.argmax(1), counts.sum(0).argmax())
 
 
@@ -106,12 +106,17 @@ def hopper():
     return {name: [drift(data, policy, states) for data, policy in own] for name, own in agents.items()}
 
 
-def measure():
-    ropes = {}
+def ropes():
+    """{"eps labels T": {method: costs of the seeds}}"""
+    found = {}
     for eps, labels, T in itertools.product(EPS, LABELS, HORIZONS):
         own = [tightrope(eps, labels, T, seed) for seed in range(SEEDS)]
-        ropes[f"{eps} {labels} {T}"] = {name: [one[name] for one in own] for name in METHODS}
-    keep(STUDY, ropes=ropes, hopper=once(STUDY, "hopper", hopper))
+        found[f"{eps} {labels} {T}"] = {name: [one[name] for one in own] for name in METHODS}
+    return found
+
+
+def measure():
+    keep(STUDY, ropes=once(STUDY, "tightrope", ropes), hopper=once(STUDY, "hopper", hopper))
 
 
 def costs(method, eps, labels):
