@@ -1,6 +1,7 @@
 """BC: behaviour cloning, supervised learning of the actions in the data; the baseline of every table.
 
-    L_pi = E (pi(obs) - act)^2
+    deterministic  L_pi = E (pi(obs) - act)^2
+    gaussian       L_pi = -E log N(act; pi(obs), std(obs)^2), less its constant
 
 --top-fraction 0.1 is 10% BC: it clones only the tenth of the trajectories with the highest returns, as CORL does. Chen
 et al. (Decision Transformer, NeurIPS 2021, arXiv:2106.01345) take the best trajectories up to a tenth of the timesteps.
@@ -14,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,6 +46,7 @@ class Args:
     record: bool = False  # keep the run's record in results/runs/ as well
     video: bool = False  # draw the trained policy into the run's folder, at the end
     graph: bool = True  # replay each update as one CUDA graph, on a GPU
+    policy: Literal["deterministic", "gaussian"] = "deterministic"  # gaussian: its deviation is the observation's, too
     top_fraction: float = 1.0  # share of the trajectories that are cloned, the best by return (0.1: 10% BC)
     demos: int = 0  # trajectories of the expert, drawn at random; 0: all that there are, whole
     every: int = 20  # of each trajectory, every so manieth pair is used (with --demos)
@@ -74,6 +77,12 @@ def policy(obs, actor):
 
 def actor_loss(batch, actor):
     return F.mse_loss(actor(batch.obs), batch.act)
+
+
+def gaussian_loss(batch, actor, deviation):
+    """The negative log-likelihood, less its constant. The mean acts, and is the deterministic policy's network."""
+    mean, log_std = actor(batch.obs), deviation(batch.obs).clamp(-5, 2)  # (B, A) each
+    return (0.5 * ((batch.act - mean) / log_std.exp()) ** 2 + log_std).sum(-1).mean()
 
 
 def top_trajectories(data, fraction):
@@ -113,8 +122,13 @@ def train(args):
     data.normalize_obs()  # (obs - mean) / (std + 1e-3)
 
     actor = stack([Actor(data.obs_dim, data.act_dim) for _ in range(args.seeds)]).to(run.device)
-    actor_opt = torch.optim.Adam(actor.parameters(), args.lr, fused=True, capturable=True)
-    actor_losses = lift(args.seeds, actor_loss, actor)
+    nets, loss_of = {"actor": actor}, actor_loss
+    if args.policy == "gaussian":
+        deviations = [mlp(data.obs_dim, 256, 256, data.act_dim) for _ in range(args.seeds)]
+        nets, loss_of = nets | {"deviation": stack(deviations).to(run.device)}, gaussian_loss
+    params = [param for net in nets.values() for param in net.parameters()]
+    actor_opt = torch.optim.Adam(params, args.lr, fused=True, capturable=True)
+    actor_losses = lift(args.seeds, loss_of, *nets.values())
 
     def update():
         batch = data.sample(args.batch_size, args.seeds)
@@ -126,7 +140,7 @@ def train(args):
 
     update = run.graphed(update)
     act = lift(args.seeds, policy, actor)
-    for step in run.steps(data, actor=actor, actor_opt=actor_opt):
+    for step in run.steps(data, **nets, actor_opt=actor_opt):
         update()
         if run.due(step):
             run.report(step, data.evaluate(act, args.eval_episodes, args.seed, args.seeds))

@@ -9,6 +9,7 @@ farama_notifications.notifications.pop("gymnasium_robotics", None)
 
 from datasets.action_log import ActionLog
 from datasets.catalog import BODIES, GAMES, TASKS, Task, UserError, find_task
+from datasets.collect import load_expert
 from datasets.dataset import Batch, Dataset, SarsaBatch
 from datasets.loading import load
 from datasets.store import write_whole
@@ -29,6 +30,7 @@ __all__ = [
     "find_task",
     "icu_sepsis",
     "load",
+    "load_expert",
     "write_whole",
 ]
 

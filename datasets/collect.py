@@ -150,6 +150,23 @@ def load_policy(file):
     return policy
 
 
+def load_expert(task, file=""):
+    """The behaviour policy that collected `task`, or the snapshot `file` of algorithms/sac.py, as an expert to ask: a
+    function obs (..., O) -> its mean action (..., A) in [-1, 1]. UserError if there is not one policy, or it is of
+    another body."""
+    files = {file} if file else {job[0] for job in plan(task)} if can_collect(task) else {None}
+    if len(files) > 1 or None in files:
+        raise UserError(f"{task.name} has no one policy to ask, as hopper-expert has; --expert takes a file of sac.py.")
+    policy = load_policy(*files)
+    try:
+        fits = policy(np.zeros(task.obs_dim, np.float32))[0].shape == (task.act_dim,)
+    except ValueError:  # of other observations
+        fits = False
+    if not fits:
+        raise UserError(f"The expert {Path(*files).name} has another body than {task.name}; ask one of the same body.")
+    return lambda obs: np.tanh(policy(np.asarray(obs, np.float32))[0])
+
+
 def rollout(task, file, transitions, seed):
     """`transitions` rows (obs, act, rew, next_obs, done, timeout), episode after episode, the last one cut to fit.
 

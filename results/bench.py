@@ -80,8 +80,10 @@ def arguments(script, module, seeds, device, graph=True):
         changes |= {"seeds": seeds, "graph": graph}
     if script == "sac":
         changes["start_steps"] = 1  # it learns from the second on
-    else:
+    elif hasattr(module.Args, "source"):
         changes["source"] = "collected"
+    if script == "bco":
+        changes["pre_steps"] = 8000  # it learns from its first iteration on
     if script == "mopo":  # whose model, and rollouts, come before the first update, and are not counted
         changes |= {"env": "halfcheetah-medium-replay", "model_updates": 1, "rollout_every": LONG}
     return module.Args(**changes)

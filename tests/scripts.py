@@ -18,9 +18,16 @@ class Script:
 # In the order in which they are read, here and in every table; so are the scripts of a family.
 FAMILIES = ("imitation", "why offline fails", "policy constraint", "pessimism", "in-sample", "model-based", "sequence")
 FAMILIES += ("generative", "offline-to-online", "evaluation", "preferences")
+ASKS = {"env": "hopper-expert", "round_steps": 20, "eval_every": 20, "updates": 5}
+GAIL = {"envs": 2, "horizon": 10, "eval_every": 20}
 SCRIPTS = {
-    "bc": Script("imitation", 150),
-    "gail": Script("imitation", 200, acts=True, quick={"envs": 2, "horizon": 10, "eval_every": 20}),
+    "bc": Script("imitation", 160),
+    "dagger": Script("imitation", 190, acts=True, quick=ASKS),
+    "hg_dagger": Script("imitation", 190, acts=True, quick=ASKS),
+    "safe_dagger": Script("imitation", 190, acts=True, quick=ASKS),
+    "ensemble_dagger": Script("imitation", 190, acts=True, quick=ASKS),
+    "bco": Script("imitation", 200, acts=True, quick=GAIL | {"pre_steps": 20, "buffer_size": 30, "updates": 3}),
+    "gail": Script("imitation", 200, acts=True, quick=GAIL),
     "sac": Script("why offline fails", 200, acts=True, quick={"env": "hopper", "start_steps": 70, "eval_every": 100}),
     "offline_sac": Script("why offline fails", 195),
     "dqn": Script(

@@ -92,7 +92,7 @@ def test_arguments_are_explained(name):
 VARIANTS = {
     "Actor": ("gail", "rebrac", "sac_n", "edac"),
     "Critic": ("awac", "rebrac"),
-    "policy": ("cql", "gail", "sac"),
+    "policy": ("bco", "cql", "gail", "sac"),
 }
 
 
@@ -126,10 +126,12 @@ def test_same_text():
     """And these are the same whatever their docstrings say, or in part."""
     squashed = ("offline_sac", "sac_n", "edac")
     for name, scripts in [
-        ("Actor", ("bc", "td3_bc")),
+        ("Actor", ("bc", "td3_bc", "dagger", "safe_dagger")),
         ("Actor", ("sac_n", "edac")),
         ("Actor", ("offline_sac", "mopo")),
-        ("policy", ("bc", "td3_bc", "rebrac")),
+        ("policy", ("bc", "td3_bc", "rebrac", "dagger", "safe_dagger")),
+        ("actor_loss", ("bc", "dagger", "safe_dagger")),
+        ("actor_loss", ("hg_dagger", "ensemble_dagger")),
         ("policy", ("iql", "awac")),
         ("policy", (*squashed, "mopo")),
         ("EnsembleLinear", ("sac", "iql", "awac", "rebrac", "mopo", *squashed)),
@@ -170,12 +172,12 @@ def test_same_text():
     assert len({SOURCES[name].split("        if run.due(step):\n")[1] for name in LIFTED if name not in remember}) == 1
 
 
-DISCRETE = [("offline_dqn", "discrete_bcq", 40), ("offline_dqn", "discrete_cql", 50)]
+SISTERS = [("sac_n", "edac", 30), ("iql", "xql", 40), ("iql", "sql", 40), ("iql", "idql", 110)]
+SISTERS += [("offline_dqn", "discrete_bcq", 40), ("offline_dqn", "discrete_cql", 50)]
+SISTERS += [("dagger", "hg_dagger", 50), ("dagger", "safe_dagger", 40), ("dagger", "ensemble_dagger", 30)]
 
 
-@pytest.mark.parametrize(
-    "elder, younger, most", [("sac_n", "edac", 30), ("iql", "xql", 40), ("iql", "sql", 40), *DISCRETE]
-)
+@pytest.mark.parametrize("elder, younger, most", SISTERS)
 def test_sisters(elder, younger, most):
     """Docstring and TUNED aside, the difference of two scripts is the younger one's paper."""
     texts = []

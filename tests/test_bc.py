@@ -1,13 +1,15 @@
 """BC's whole update: supervised learning of the actions, and which pairs of the data it learns from."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
-from test_scripts import arguments
+from test_scripts import arguments, assert_equal, trained
 from update import Adam, assert_same, columns, episodes, leaves, mlp, table, trace
 
 from algorithms import bc
-from datasets import UserError
+from datasets import Batch, UserError
 
 
 def test_update(small, monkeypatch):
@@ -20,6 +22,49 @@ def test_update(small, monkeypatch):
         assert batch.obs.shape == (16, 11)
         opt.step(((mlp(actor, batch.obs).tanh() - batch.act) ** 2).mean())
     assert_same(actor, traced.end["actor"])
+
+
+def test_gaussian_loss():
+    """The negative log-density of N(mean, std^2), less its constant; the deviation is bounded."""
+    torch.manual_seed(0)
+    obs, act, rew = torch.randn(6, 4), torch.randn(6, 2), torch.zeros(6)
+    actor, deviation = bc.Actor(4, 2), lambda obs: 9 * obs[:, :2]
+    mean, log_std = actor(obs).detach().numpy().astype(np.float64), 9 * obs.numpy()[:, :2].astype(np.float64)
+    assert log_std.min() < -5 and log_std.max() > 2
+    std = np.exp(np.clip(log_std, -5, 2))
+    log = -0.5 * ((act.numpy() - mean) / std) ** 2 - np.log(std)
+    loss = bc.gaussian_loss(Batch(obs, act, rew, obs, rew), actor, deviation)
+    assert loss.item() == pytest.approx(-np.mean(np.sum(log, 1)), rel=1e-5)
+
+
+def test_gaussian_update(small, monkeypatch):
+    """Mean and deviation, two networks, maximise the likelihood; the mean starts as the deterministic policy does."""
+    args = arguments(bc, small, steps=8, batch_size=16, lr=1e-3, policy="gaussian")
+    traced = trace(bc, monkeypatch, args)
+    actor, deviation = leaves(traced.start["actor"]), leaves(traced.start["deviation"])
+    assert [len(x) for x in deviation.values()] == [256, 256, 256, 256, 3, 3]
+    opts = Adam(actor, 1e-3), Adam(deviation, 1e-3)
+    for batch in traced.batches:
+        pi = torch.distributions.Normal(mlp(actor, batch.obs).tanh(), mlp(deviation, batch.obs).exp())
+        loss = -pi.log_prob(batch.act).sum(1).mean() - 1.5 * np.log(2 * np.pi)
+        for opt in opts:
+            opt.step(loss)
+    assert_same(traced.watched[-1]["actor_loss"], loss)
+    assert_same(actor, traced.end["actor"])
+    assert_same(deviation, traced.end["deviation"])
+    plain = trace(bc, monkeypatch, arguments(bc, small, steps=1))
+    assert_same(plain.start["actor"], traced.start["actor"])
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_gaussian_resumes(seeds, small, tmp_path, monkeypatch):
+    args = arguments(bc, small, steps=20, batch_size=16, policy="gaussian", seeds=seeds)
+    whole = trained(tmp_path, monkeypatch, "whole", (bc.train, args))
+    parts = (bc.train, dataclasses.replace(args, steps=10)), (bc.train, dataclasses.replace(args, resume=True))
+    parts = trained(tmp_path, monkeypatch, "parts", *parts)
+    assert_equal(whole["state"], parts["state"])
+    shapes = [x.shape for x in whole["state"]["deviation"].values()]
+    assert all(shape[0] == 2 for shape in shapes) if seeds == 2 else shapes[0] == (256, 11)
 
 
 @pytest.mark.parametrize("changes", [dict(top_fraction=0.3), dict(demos=1), dict(top_fraction=0.6, demos=2)])

@@ -13,6 +13,7 @@ from results.checkpoint import load_checkpoint
 from results.run import code_version
 from results.studies import (
     common,
+    compounding,
     cql_alpha,
     demonstrations,
     extrapolation,
@@ -257,3 +258,61 @@ def test_findings_of_demonstrations(expected, folder):
     assert all("(2 seeds)" in sentence for sentence in sentences)
     demonstrations.draw()
     assert (folder / "demonstrations.png").stat().st_size > 10_000
+
+
+def test_tightrope():
+    """Costs against many walks; a table knows what it has seen, and else does what is done most often."""
+    rng = np.random.default_rng(0)
+    table = compounding.table_of(np.array([[0, 0], [0, 0], [0, 1], [1, 1], [1, 1], [1, 1], [4, 4], [9, 9]]))
+    assert table.tolist() == [0, 1, 1, 1, 4, 1, 1, 1, 1, 9]
+    assert compounding.cost(table[[0, 1, 2, 3, 3, 5, 6, 7, 8, 8]], 0.3, 3) == pytest.approx(3 - 0.7 - 0.7**2 - 0.7**3)
+    assert compounding.cost(np.arange(10), 0.1, 3) == pytest.approx(0.1 + 0.9 * 0.1 + (0.91 * 0.1))
+    assert compounding.cost(np.full(10, 1), 0.1, 1) == pytest.approx(0.5)
+    for wrong in (table, np.where(np.arange(10) < 2, 1, table)):
+        seen = compounding.walk(rng, wrong, 0.1, 5, 40_000)[:, 0].reshape(5, -1)  # after the step before
+        assert (seen[0] < 2).all()
+        fallen = (seen[1:] > 1).sum(0).mean()
+        assert compounding.cost(wrong, 0.1, 4) == pytest.approx(fallen, rel=0.03)
+    expert = compounding.walk(rng, None, 0.1, 50, 1000)
+    assert expert.max() == 1 and (expert[:, 0] != expert[:, 1]).mean() == pytest.approx(0.1, abs=0.01)
+    costs = compounding.tightrope(0.02, 20_000, 16, 0)
+    assert costs["BC"] == pytest.approx(16 - sum(0.98**t for t in range(1, 17)))
+    assert costs["DAgger"] < 0.4 and compounding.tightrope(0.02, 20_000, 16, 0) == costs
+
+
+def test_drift():
+    """Distances in the expert's deviations, of the episodes that still go on."""
+    task = find_task("hopper-expert")
+    data, states = Dataset.buffer(task, 0), np.random.default_rng(0).normal(size=(7, 11))
+    row = compounding.drift(data, lambda x: torch.zeros(len(x), 3), states, episodes=2)
+    obs, rew = common.rollout(data, lambda x: torch.zeros(len(x), 3), 2)
+    far = np.linalg.norm((obs[:-1, :, None] - states) / states.std(0), axis=-1).min(-1)  # (T, 2)
+    on = rew != 0
+    assert len(rew) > 20 and row["return"] == pytest.approx(rew.sum(0).mean())
+    for k, t in enumerate(range(0, len(rew), 20)):
+        part = on[t : t + 20]
+        assert row["alive"][k] == pytest.approx(part.mean())
+        assert row["distance"][k] == pytest.approx(far[t : t + 20][part].mean(), rel=1e-3)
+    assert len(row["alive"]) == k + 1
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_findings_of_compounding(expected, folder):
+    ropes = {}
+    for eps in compounding.EPS:
+        for labels in compounding.LABELS:
+            for T in compounding.HORIZONS:
+                noise = 1 + 0.01 * np.arange(3)
+                worse = T**2 if expected else T
+                ropes[f"{eps} {labels} {T}"] = {"BC": (worse * noise).tolist(), "DAgger": (T * noise).tolist()}
+    run = {"alive": [1.0] * 50, "return": 3000.0}
+    near, far, fallen = ([0.1] * 50, [0.1] * 9 + [3.0] * 41, [0.1, 2.0 if expected else 0.05] + [None] * 48)
+    clones = [run | {"distance": far, "return": 500.0}, run | {"distance": fallen}]
+    hopper = {"BC": clones, "DAgger": [run | {"distance": near}] * 2, "expert": [run | {"distance": near}]}
+    common.keep(compounding.STUDY, ropes=ropes, hopper=hopper)
+    sentences = compounding.findings()
+    assert [text.split(". ")[1][:6] for text in sentences] == (["So it "] * 3 if expected else ["Not so"] * 3)
+    assert ("slopes of log cost over log T are 2.00 ± 0.00 and 1.00" in sentences[0]) == expected
+    assert compounding.late(hopper["BC"][0]) == pytest.approx(3.0) and "1750 ± 1768 of BC" in sentences[2]
+    compounding.draw()
+    assert (folder / "compounding.png").stat().st_size > 10_000

@@ -43,10 +43,12 @@ def runs_of(study, name, settings):
     return runs / "studies" / study / f"{name}-{digest}".replace(" ", "_").replace(".", "_")
 
 
-def train(study, name, script, steps, *words):
-    """Trains `script` up to `steps` with the command-line words, going on from its own checkpoint; the checkpoint."""
+def train(study, name, script, steps, *words, source="collected"):
+    """Trains `script` up to `steps` with the command-line words, going on from its own checkpoint; the checkpoint.
+    source: None for a script that takes none."""
     runs = runs_of(study, name, [script, *words])
-    command = [sys.executable, ROOT / "algorithms" / f"{script}.py", "--source", "collected", "--steps", steps, *words]
+    command = [sys.executable, ROOT / "algorithms" / f"{script}.py", "--steps", steps, *words]
+    command += ["--source", source] * (source is not None)
     command += ["--resume"] * any(runs.rglob("checkpoint.pt"))
     print(" ".join(map(str, command[1:])), flush=True)
     done = subprocess.run(list(map(str, command)), env=os.environ | {"RUNS_DIR": str(runs)})

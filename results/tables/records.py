@@ -20,7 +20,8 @@ TASKS = [f"{body}-{quality}" for body in BODIES for quality in QUALITIES]
 TENTH = "10% BC"  # bc.py --top-fraction 0.1: a row of its own
 LEAST = 100_000  # updates; shorter runs are listed and not compared
 # Arguments that a script has got later, with the values that stand for what it did before.
-LATER = {"bc": {"demos": 0, "every": 20}, "edac": {"actor_lr": 3e-4}, "sac_n": {"actor_lr": 3e-4}}
+LATER = {"bc": {"demos": 0, "every": 20, "policy": "deterministic"}}
+LATER |= {"edac": {"actor_lr": 3e-4}, "sac_n": {"actor_lr": 3e-4}}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What the studies measured: of each its question, picture and findings. One not yet measured is left out."""
 
 from results.studies import (
+    compounding,
     cql_alpha,
     demonstrations,
     extrapolation,
@@ -12,7 +13,17 @@ from results.studies import (
 )
 from results.tables.records import RESULTS
 
-STUDIES = extrapolation, q_divergence, cql_alpha, stitching, return_conditioning, model_error, demonstrations, peer_iql
+STUDIES = (
+    extrapolation,
+    q_divergence,
+    cql_alpha,
+    stitching,
+    return_conditioning,
+    model_error,
+    demonstrations,
+    compounding,
+    peer_iql,
+)
 
 
 def sections():
