@@ -41,7 +41,7 @@ from tests.scripts import SCRIPTS
 FILE = ROOT / "results" / "bench.json"
 ROUNDS = 3  # of which the median is taken
 WARM = 12  # updates beforehand: three of each kind, then those that capture its graph
-EVERY = {"gail": 96_000}  # updates between evaluations; of the others 5,000
+EVERY = dict.fromkeys(("gail", "gaifo", "airl", "f_max"), 96_000)  # updates between evaluations; of the others 5,000
 LONG = 96 * 10**7  # --steps, never reached
 
 

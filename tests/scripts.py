@@ -20,6 +20,8 @@ FAMILIES += ("generative", "offline-to-online", "evaluation", "preferences")
 SCRIPTS = {
     "bc": Script("imitation", 150),
     "gail": Script("imitation", 200, acts=True, quick={"envs": 2, "horizon": 10, "eval_every": 20}),
+    "gaifo": Script("imitation", 200, acts=True, quick={"envs": 2, "horizon": 10, "eval_every": 20}),
+    "f_max": Script("imitation", 220, acts=True, quick={"envs": 2, "horizon": 10, "eval_every": 20}),
     "sac": Script("why offline fails", 200, acts=True, quick={"env": "hopper", "start_steps": 70, "eval_every": 100}),
     "offline_sac": Script("why offline fails", 195),
     "awac": Script("policy constraint", 200),
