@@ -106,7 +106,7 @@ def reward_of(args, logit):
     """What the policy earns for a divergence, the table's last column but one: (B,) -> (B,)."""
     log_u = -logit.clamp(-10, 10)
     u = log_u.exp()
-    return {"rkl": log_u, "fkl": -u * log_u, "js": F.softplus(log_u), "chi2": u**2 - 1}[args.divergence]
+    return {"rkl": log_u + 10, "fkl": -u * log_u, "js": F.softplus(log_u), "chi2": u**2}[args.divergence]
 
 
 def actor_loss(args, obs, act, old_log_prob, adv, actor):

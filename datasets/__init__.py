@@ -12,6 +12,7 @@ from datasets.catalog import BODIES, TASKS, Task, UserError, find_task
 from datasets.dataset import Batch, Dataset, SarsaBatch
 from datasets.loading import load
 from datasets.store import write_whole
+from datasets.tasks.gridworlds import find_world
 from datasets.vector_env import Envs
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Task",
     "UserError",
     "find_task",
+    "find_world",
     "load",
     "write_whole",
 ]

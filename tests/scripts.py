@@ -11,6 +11,7 @@ class Script:
     family: str  # one of FAMILIES
     lines: int  # at most, its docstring included
     acts: bool = False  # while it learns: then its --steps are the environment's, and a seed is a process
+    tabular: bool = False  # exact, on an enumerable world, in seconds: no dataset, no networks that act, no Run
     quick: dict = field(default_factory=dict)  # arguments that spare tests time, and use more of the code
 
 
@@ -19,8 +20,11 @@ FAMILIES = ("imitation", "why offline fails", "policy constraint", "pessimism", 
 FAMILIES += ("generative", "offline-to-online", "evaluation", "preferences")
 SCRIPTS = {
     "bc": Script("imitation", 150),
+    "apprenticeship": Script("imitation", 170, tabular=True),
+    "maxent_irl": Script("imitation", 190, tabular=True),
     "gail": Script("imitation", 200, acts=True, quick={"envs": 2, "horizon": 10, "eval_every": 20}),
     "gaifo": Script("imitation", 200, acts=True, quick={"envs": 2, "horizon": 10, "eval_every": 20}),
+    "airl": Script("imitation", 230, acts=True, quick={"envs": 2, "horizon": 10, "eval_every": 20}),
     "f_max": Script("imitation", 220, acts=True, quick={"envs": 2, "horizon": 10, "eval_every": 20}),
     "sac": Script("why offline fails", 200, acts=True, quick={"env": "hopper", "start_steps": 70, "eval_every": 100}),
     "offline_sac": Script("why offline fails", 195),
@@ -36,3 +40,5 @@ SCRIPTS = {
     "mopo": Script("model-based", 374, quick={"rollouts": 40, "rollout_every": 5, "keep": 2, "model_updates": 20}),
     "dt": Script("sequence", 280, quick={"context": 5}),
 }
+# Those with a task, an Actor, a Run and its records: what can be resumed, evaluated, timed.
+TRAINED = {name: script for name, script in SCRIPTS.items() if not script.tabular}

@@ -16,6 +16,7 @@ LAYERS = [
     {"datasets.store"},
     {"datasets.dataset"},
     {"datasets.vector_env"},
+    {"datasets.tasks.gridworlds"},
     {"datasets.catalog"},
     {"datasets.tasks.d4rl_envs"},
     {"datasets.tasks.mazes"},

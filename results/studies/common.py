@@ -104,7 +104,7 @@ def kept(study):
 
 
 def mean_std(values):
-    """"43.1 ± 0.4" of the seeds' values, or "43.1" of one."""
+    """ "43.1 ± 0.4" of the seeds' values, or "43.1" of one."""
     deviation = f" ± {np.std(values, ddof=1):,.1f}" if len(values) > 1 else ""
     return f"{np.mean(values):,.1f}{deviation}"
 

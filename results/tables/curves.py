@@ -46,7 +46,14 @@ def draw(cells, published, path):
         axis.grid(alpha=0.3)
     lines = {line.get_label(): line for axis in axes.flat for line in axis.lines if line.get_label() in names}
     figure.legend([lines[name] for name in names], names, loc="lower center", ncols=8, frameon=False)
-    figure.text(0.995, 0.005, "published, D4RL's data: dots after as many updates (v0), triangles last (v2)", ha="right", fontsize=8, color="gray")
+    figure.text(
+        0.995,
+        0.005,
+        "published, D4RL's data: dots after as many updates (v0), triangles last (v2)",
+        ha="right",
+        fontsize=8,
+        color="gray",
+    )
     figure.tight_layout(rect=(0, 0.3 * -(-len(names) // 8) / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
