@@ -1,15 +1,15 @@
-"""AIRL: Learning Robust Rewards with Adversarial Inverse Reinforcement Learning (Fu et al., ICLR 2018), arXiv:1710.11248.
+"""AIRL: Learning Robust Rewards with Adversarial Inverse RL (Fu, Luo & Levine, ICLR 2018), arXiv:1710.11248.
 
     f        f    = g(obs) + gamma h(next_obs) - h(obs),   D = pi(act | obs) / (exp f + pi(act | obs))   (Eq. 4)
     D        L_D  = -E_pi log D - E_expert log(1 - D),   D is the probability of the policy, 1 - D the paper's
     reward   rew  = log(1 - D) - log D = f - log pi(act | obs): f and the policy's entropy
-    actor and value are gail.py's, which is PPO
 
-At its best g is the true reward and h the true value, up to constants: g, which sees no action (--reward state), can be
-optimised anew where the dynamics are others. With --reward state-action it is free to be the expert's advantage instead.
-Differs from the authors' code: PPO, not TRPO with an entropy bonus; D sees this iteration's steps alone, not those of
-the last 100, with a gradient penalty on f; h = 0 after a termination; nets of 100-100, not 32-32; state, not
-state-action, by default; what else gail.py says of itself: steps, normalization, rewards times 1 - gamma.
+At its best g is the true reward and h its value, up to constants: g, which sees no action (--reward state), can be
+optimised where the dynamics are others. With --reward state-action it may as well be the expert's advantage.
+Differs from the authors' code: PPO, not TRPO with an entropy bonus; D sees this iteration's steps, not those of the
+last 100, under gail.py's gradient penalty, on f; nets of 100-100, not 32-32; state, not state-action, by default;
+h is 0 after a termination, and rew lies in [0, 20] with 10 added: their tasks never end, and where ours do, rewards
+below 0 would pay for ending. What else gail.py says of itself: steps, normalization, rewards times 1 - gamma.
 Usage: python algorithms/airl.py --env hopper-expert --demos 4
 """
 
@@ -117,7 +117,7 @@ def gradient_penalty(pairs, expert_pairs, disc):
 
 
 def reward_of(logit):
-    """What the policy earns, f - log pi(act | obs), counted from the least: (B,) -> (B,)."""
+    """What the policy earns, f - log pi(act | obs) in [-10, 10], counted from the least: (B,) -> (B,)."""
     return 10 - logit.clamp(-10, 10)
 
 
@@ -195,9 +195,7 @@ def train(args):
             disc_opt.step()
 
         with torch.no_grad():
-            rew = (1 - args.gamma) * reward_of(
-                judge(steps, done, log_prob)
-            )  # (T, E); values are then as large as rewards
+            rew = (1 - args.gamma) * reward_of(judge(steps, done, log_prob))  # (T, E); values as large as rewards
             v, next_v = value(obs).squeeze(-1), value(next_obs).squeeze(-1)
             adv = advantages(args, rew, v, next_v, done, last)
             ret, adv = (adv + v).flatten(), ((adv - adv.mean()) / (adv.std() + 1e-8)).flatten()  # (T E,)

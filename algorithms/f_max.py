@@ -1,16 +1,16 @@
 """f-MAX: A Divergence Minimization Perspective on Imitation Learning (Ghasemipour et al., CoRL 2019), arXiv:1911.02256.
 
-D, actor and value are gail.py's. D = sigmoid(logit) is the probability of the policy, so that at its best -logit is
-log u, u = rho_expert / rho_pi. A divergence is E_pi f(u), and f-MAX rewards f*(f'(u)), here without its constant:
+D, actor, value are gail.py's. At its best log u = -logit of D, in [-10, 10], is that of u = rho_expert / rho_pi. A
+divergence is E_pi f(u), for which f-MAX rewards f*(f'(u)), here counted from u = exp(-10):
+    --divergence                            f(u)                                rew
+    rkl    KL(rho_pi, rho_expert)           -log u                              log u + 10        AIRL's
+    fkl    KL(rho_expert, rho_pi)           u log u                             -u log u          falls once u > 1/e
+    js     Jensen-Shannon                   u log u - (1 + u) log((1 + u) / 2)  log(1 + u)        GAIL's -log D
+    chi2   Pearson's of expert from policy  (u - 1)^2                           u^2
 
-    --divergence                            f(u)                                rew            of either sign
-    rkl    KL(rho_pi, rho_expert)           -log u                              log u          yes; AIRL's
-    fkl    KL(rho_expert, rho_pi)           u log u                             -u log u       yes; falls once u > 1/e
-    js     Jensen-Shannon                   u log u - (1 + u) log((1 + u) / 2)  log(1 + u)     > 0; GAIL's -log D
-    chi2   Pearson's of expert from policy  (u - 1)^2                           u^2 - 1        yes
-
-fkl is FAIRL's, -f(u) itself; f* would give u. Differs from the authors' code: PPO, not SAC; one-sided gradient penalty;
-rewards neither scaled nor clipped, but normalized as advantages; log u in [-10, 10]; what else gail.py says of itself.
+fkl is FAIRL's -f(u) itself; f* would give u. Differs from the authors' code: PPO, not SAC; one-sided gradient penalty;
+rewards neither scaled nor clipped, and counted from where the expert never is, as after an end, for which rewards below
+0 would pay (theirs ignores ends); what else gail.py says of itself.
 Usage: python algorithms/f_max.py --env hopper-expert --demos 4 --divergence fkl
 """
 
@@ -103,7 +103,7 @@ def gradient_penalty(pairs, expert_pairs, disc):
 
 
 def reward_of(args, logit):
-    """What the policy earns for a divergence, the table's last column but one: (B,) -> (B,)."""
+    """What the policy earns for a divergence, the table's last column: (B,) -> (B,)."""
     log_u = -logit.clamp(-10, 10)
     u = log_u.exp()
     return {"rkl": log_u + 10, "fkl": -u * log_u, "js": F.softplus(log_u), "chi2": u**2}[args.divergence]

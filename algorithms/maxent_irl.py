@@ -72,9 +72,8 @@ def make_reward(args, K):
         net = nn.Linear(K, 1, bias=False)
         nn.init.zeros_(net.weight)
         return net.double()
-    return nn.Sequential(
-        nn.Linear(K, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1, bias=False)
-    ).double()
+    layers = nn.Linear(K, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1, bias=False)
+    return nn.Sequential(*layers).double()
 
 
 def correlation(a, b):

@@ -68,14 +68,7 @@ def quick(tmp_path, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        dict(),
-        dict(method="margin"),
-        dict(steps=2),
-        dict(steps=2, method="margin"),
-        dict(demos=4, steps=7),
-        dict(eps=0.3),
-    ],
+    [{}, {"method": "margin"}, {"steps": 2}, {"steps": 2, "method": "margin"}, {"demos": 4, "steps": 7}, {"eps": 0.3}],
 )
 def test_update(changes, tmp_path, capsys):
     """The whole course, in NumPy, with the projection's formula as the paper has it, and a general optimiser for the

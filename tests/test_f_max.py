@@ -17,7 +17,7 @@ F = {  # f of u = rho_expert / rho_pi, as E_pi f(u) is the divergence
     "js": lambda u: u * np.log(u) - (1 + u) * np.log((1 + u) / 2),
     "chi2": lambda u: (u - 1) ** 2,
 }
-DROPPED = {"rkl": -1.0, "js": -np.log(2), "chi2": 0.0}  # constants of f*(f'(u)) that the rewards leave out
+LEAST = {"rkl": -11.0, "js": -np.log(2), "chi2": -1.0}  # f*(f'(u)) where u = exp(-10), from which rewards count
 
 
 def test_divergences():
@@ -39,22 +39,23 @@ def test_reward(name):
     u = (1 - D) / D
     slope = (F[name](u + 1e-6) - F[name](u - 1e-6)) / 2e-6
     x = np.linspace(1e-3, 6, 200_001)[:, None]
-    expected = -F[name](u) if name == "fkl" else np.max(slope * x - F[name](x), 0) - DROPPED[name]
+    expected = -F[name](u) if name == "fkl" else np.max(slope * x - F[name](x), 0) - LEAST[name]
     logit = torch.tensor(np.log(D / (1 - D)))
     args = f_max.Args(divergence=name)
     np.testing.assert_allclose(f_max.reward_of(args, logit), expected, rtol=1e-7, atol=1e-7)
     ends = f_max.reward_of(args, torch.tensor([-10.0, -99.0, 10.0, 99.0]))
     assert ends[0] == ends[1] and ends[2] == ends[3] and torch.isfinite(ends).all()
+    assert 0 <= ends[3] < 1e-3  # where the expert never is, and after an end, there is nothing to earn
 
 
 @pytest.mark.parametrize("divergence", F)
 def test_update(divergence, small, monkeypatch):
     sees = lambda obs, act, next_obs: torch.cat([obs, act], -1)
     rewards = {
-        "rkl": lambda p: (1 / p - 1).log(),
+        "rkl": lambda p: 10 + (1 / p - 1).log(),
         "fkl": lambda p: (1 - 1 / p) * (1 / p - 1).log(),
         "js": lambda p: -p.log(),
-        "chi2": lambda p: (1 / p - 1) ** 2 - 1,
+        "chi2": lambda p: (1 / p - 1) ** 2,
     }
     whole_update(f_max, small, monkeypatch, sees, plain, sigmoid, rewards[divergence], divergence=divergence)
 
