@@ -44,10 +44,10 @@ class Args:
 
 
 def soft_policy(world, rew):
-    """Soft value iteration: the reward (S,) -> pi (T, S, A), V_0 (S,)."""
-    next_value, policy = torch.zeros_like(rew), []
+    """Soft value iteration: a reward (S,), or of actions too, (S, A) -> pi (T, S, A), V_0 (S,)."""
+    next_value, policy = torch.zeros_like(world.rew), []
     for _ in range(world.horizon):
-        q = rew[:, None] + world.gamma * world.move @ next_value  # (S, A)
+        q = rew.reshape(len(rew), -1) + world.gamma * world.move @ next_value  # (S, A)
         next_value = q.logsumexp(1)  # (S,)
         policy.append((q - next_value[:, None]).exp())
     return torch.stack(policy[::-1]), next_value

@@ -44,6 +44,8 @@ def test_map():
     np.testing.assert_allclose(world.move[3, 2], [0, 0.05, 0, 0.85, 0.05, 0, 0.05, 0], rtol=1e-12)
     np.testing.assert_allclose(world.move[7], np.tile(np.eye(8)[7], (4, 1)))  # a goal is never left
     np.testing.assert_allclose(world.move.sum(-1), 1, rtol=1e-12)
+    thin = make_world("x", ("_S", "  ", "~G"), wind=0.0)  # a wall between the left cells of the first two rows
+    assert thin.move.argmax(-1).tolist()[:3] == [[0, 0, 0, 1], [1, 3, 0, 1], [2, 4, 2, 3]]
     nowhere = make_world("x", (" G", "~:"))
     assert nowhere.start.tolist() == [1 / 3, 0, 1 / 3, 1 / 3] and torch.equal(nowhere.features, torch.eye(4).double())
     assert world.show(world.rew).splitlines()[1] == "     # -0.20  0.00"
@@ -86,6 +88,7 @@ def test_optimum():
         )
 
     policy = windy.optimum(torch.from_numpy(rew))
+    assert torch.equal(policy, windy.optimum(torch.from_numpy(rew)[:, None].expand(-1, 4)))
     assert (windy.visits(policy).sum(0).numpy() @ rew) == pytest.approx(value(0, 0), rel=1e-12)
     np.testing.assert_allclose(policy.sum(-1), 1, rtol=1e-12)
     assert torch.equal(policy[-1], torch.full((8, 4), 0.25).double())  # after the last step nothing follows

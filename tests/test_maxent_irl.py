@@ -44,6 +44,7 @@ def test_soft_bellman():
         V = np.log(np.exp(Q).sum(1))
         np.testing.assert_allclose(policy[t], np.exp(Q) / np.exp(Q).sum(1, keepdims=True), rtol=1e-12)
     np.testing.assert_allclose(value, V, rtol=1e-12)
+    assert torch.equal(policy, maxent_irl.soft_policy(world, torch.from_numpy(rew)[:, None].expand(-1, 4))[0])
 
 
 def test_gradient_by_finite_differences():

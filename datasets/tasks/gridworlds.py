@@ -1,9 +1,10 @@
 """Worlds small enough to enumerate, as arrays in float64: gridworlds, for what is computed and not sampled.
 
 A map is rows of cells: `#` is a wall and no state, S the start (without one, every cell but a goal), G a goal, which is
-never left, ~ mud, : gravel, anything else floor. A move goes up, down, left or right, and stays where there is a wall;
-with probability `wind` it goes in one of the four directions at random instead. Each step in a cell earns what its
-terrain is worth, so that the value of a policy, discounted and over `horizon` steps, is visits @ rew.
+never left, ~ mud, : gravel, _ floor with a wall along its lower side, anything else floor. A move goes up, down, left
+or right, and stays where there is a wall; with probability `wind` it goes in one of the four directions at random
+instead. Each step in a cell earns what its terrain is worth, so that a policy's value, discounted and over `horizon`
+steps, is visits @ rew.
 
     open            random starts and some mud and gravel: its reward can be told from what an expert does
     left, right     a wall with one gap, at its left or its right end: what is learned in the one is tried in the other
@@ -23,8 +24,8 @@ TERRAINS = " G~:"  # floor, goal, mud, gravel
 REWARDS = 0.0, 1.0, -0.5, -0.2  # of a step in each
 MAPS = {
     "open": ("  ~   ", "  ~ : ", "    : ", " ::  G", "    ~ ", " ~    "),
-    "left": ("       G", "        ", "        ", "        ", " #######", "        ", "        ", "       S"),
-    "right": ("       G", "        ", "        ", "        ", "####### ", "        ", "        ", "       S"),
+    "left": ("       G", "        ", "        ", " _______", "        ", "        ", "        ", "       S"),
+    "right": ("       G", "        ", "        ", "_______ ", "        ", "        ", "        ", "       S"),
 }
 
 
@@ -55,10 +56,11 @@ class World:
         return (self.visits(policy).sum(0) @ self.rew).item()
 
     def optimum(self, rew):
-        """A policy that no other beats under the reward (S,), by value iteration: (T, S, A). Equal actions share."""
-        next_value, policy = torch.zeros_like(rew), []
+        """A policy that no other beats under the reward (S,) or (S, A), by value iteration: (T, S, A). Actions that are
+        equally good share."""
+        next_value, policy = torch.zeros_like(self.rew), []
         for _ in range(self.horizon):
-            q = rew[:, None] + self.gamma * self.move @ next_value  # (S, A)
+            q = rew.reshape(len(rew), -1) + self.gamma * self.move @ next_value  # (S, A)
             next_value = q.amax(1)
             best = (q > next_value[:, None] - 1e-9).to(q)
             policy.append(best / best.sum(1, keepdim=True))
@@ -96,7 +98,9 @@ def make_world(name, rows, features="cell", wind=0.1, gamma=0.95, horizon=50):
     move = torch.zeros(S, len(MOVES), S, dtype=torch.float64)
     for (i, j), s in index.items():
         for a, (down, right) in enumerate(MOVES):
-            move[s, a, s if marks[s] == "G" else index.get((i + down, j + right), s)] = 1
+            upper = index.get((min(i, i + down), j), s)
+            stays = marks[s] == "G" or (down and marks[upper] == "_")
+            move[s, a, s if stays else index.get((i + down, j + right), s)] = 1
     move = (1 - wind) * move + wind * move.mean(1, keepdim=True)
     first = "S" if "S" in marks else "".join({*marks} - {"G"})
     start = torch.tensor([mark in first for mark in marks], dtype=torch.float64)
