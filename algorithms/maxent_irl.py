@@ -5,9 +5,9 @@
     reward   linear: rew = theta @ features, so that dL / d theta is the difference of the feature expectations
              deep: rew = net(features), and the same difference goes back through it (Wulfmeier et al. 2015)
 
-The expert is soft itself, with rewards times --beta, or the best there is (--expert optimal); its visits are exact, or
-those of --demos trajectories. What can be known of a reward is its order: a factor, a constant and what its features
-cannot tell stay open. Exact, in float64, on worlds that can be enumerated (datasets/tasks/gridworlds.py).
+The expert is soft itself, of --beta times the true reward, or the best there is (--expert optimal); its visits are
+exact, or those of --demos trajectories. Of a soft one's reward a constant stays open, and whatever no visit tells.
+Exact, in float64, on worlds that can be enumerated (datasets/tasks/gridworlds.py).
 Differs from the authors' code: none was published with the paper. The visits are those of the causal form (Ziebart's
 thesis, 2010), which wind needs and which is the paper's without; Adam, its lr falling to 0; both discounted.
 Usage: python algorithms/maxent_irl.py --env open
