@@ -6,8 +6,8 @@
     project   mu_near moves towards mu_i, to the point of that line that is nearest to mu_expert
     margin    mu_near is the nearest point of the hull of all mu_i: the dual of max t, w @ mu_expert >= w @ mu_i + t
 
-Both end when |w| <= --eps |mu_expert|. What they return is a mixed policy, which draws one of the pi_i for each episode
-and so expects mu_near: whatever weights make the true reward, it is as good as the expert to |weights| |w|.
+Both end when |w| <= --eps |mu_expert|, or no mixture is nearer. What they return is a mixed policy, which draws one of
+the pi_i for each episode and so expects mu_near: for whatever true weights, as good as the expert to |weights| |w|.
 Exact, in float64, on worlds that can be enumerated (datasets/tasks/gridworlds.py); the expert is the best policy there.
 Differs from the authors' code: none was published. From the paper: the first policy is uniform, not random; |w| is
 compared with a share of the expert's expectations, not with eps itself; no step of `project` goes beyond mu_i.
@@ -26,6 +26,7 @@ from scipy.optimize import nnls
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import find_world
+from results.run import check_arguments
 
 
 @dataclass
@@ -75,6 +76,7 @@ def nearest(shown, mus):
 
 def train(args):
     """Finds the mixed policy and prints how near it is: "policies" (i, T, S, A), "weights" (i,), and what it prints."""
+    check_arguments(args)
     start = time.perf_counter()
     torch.manual_seed(args.seed)
     world = find_world(args.env, args.features, args.wind, args.gamma, args.horizon)
@@ -85,12 +87,15 @@ def train(args):
     near = mus[0]
     for _ in range(args.steps):
         w = shown - near  # (K,)
-        if w.norm() <= args.eps * shown.norm():
+        policy = world.optimum(world.features @ w)
+        mu = feature_expectations(world, policy)
+        stuck = w @ (mu - near) <= args.eps * w @ w  # no mixture is nearer, or by a share eps at most
+        if stuck or w.norm() <= args.eps * shown.norm():
             break
-        policies.append(world.optimum(world.features @ w))
-        mus.append(feature_expectations(world, policies[-1]))
+        policies.append(policy)
+        mus.append(mu)
         if args.method == "project":
-            near, weights = project(shown, near, weights, mus[-1])
+            near, weights = project(shown, near, weights, mu)
         else:
             near, weights = nearest(shown, torch.stack(mus))
 
@@ -101,9 +106,7 @@ def train(args):
         "mixed": int((weights > 1e-9).sum()),
         "seconds": time.perf_counter() - start,
     }
-    print(
-        f"Apprenticeship on {world.name}, {args.method}: {len(policies) - 1} policies, {result['mixed']} of them mixed"
-    )
+    print(f"Apprenticeship on {world.name}, {args.method}: {result['mixed']} of {len(policies)} policies mixed")
     print(f"feature expectations {result['feature_gap']:.2%} from the expert's; ", end="")
     print(f"{result['share']:.1%} of the optimum; {result['seconds']:.1f} s")
     return result | {"policies": torch.stack(policies), "weights": weights}

@@ -25,6 +25,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import find_world
+from results.run import check_arguments
 
 
 @dataclass
@@ -83,6 +84,7 @@ def correlation(a, b):
 
 def train(args):
     """Learns the reward and prints how good it is: "rew" (S,), and the numbers that it prints."""
+    check_arguments(args)
     start = time.perf_counter()
     torch.manual_seed(args.seed)
     world = find_world(args.env, args.features, args.wind, args.gamma, args.horizon)
@@ -90,14 +92,12 @@ def train(args):
     expert = best if args.expert == "optimal" else soft_policy(world, args.beta * world.rew)[0]
     shown = expert_visits(world, expert, args.demos)
     net = make_reward(args, world.features.shape[1])
-    opt = torch.optim.Adam(net.parameters())
+    opt, lr = torch.optim.Adam(net.parameters()), args.lr * (0.1 if args.reward == "deep" else 1)  # nets are touchier
     for step in range(args.steps):
         rew = net(world.features).squeeze(1)  # (S,)
         policy, _ = soft_policy(world, rew.detach())
         loss = maxent_loss(rew, world.visits(policy).sum(0), shown)
-        opt.param_groups[0]["lr"] = (
-            args.lr * (1 - step / args.steps) * (0.1 if args.reward == "deep" else 1)
-        )  # a net is touchier
+        opt.param_groups[0]["lr"] = lr * (1 - step / args.steps)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -111,13 +111,10 @@ def train(args):
         "share": world.value(world.optimum(rew)) / world.value(best),
         "seconds": time.perf_counter() - start,
     }
-    print(
-        f"MaxEnt IRL on {world.name}, {args.reward} reward of {args.features} features, recovered:\n{world.show(rew)}"
-    )
-    print(
-        f"feature expectations {result['feature_gap']:.2%} from the expert's; correlation with the true reward ", end=""
-    )
-    print(f"{result['correlation']:.3f}; optimised, {result['share']:.1%} of the optimum; {result['seconds']:.1f} s")
+    print(f"MaxEnt IRL on {world.name}, {args.reward} reward of {args.features} features:\n{world.show(rew)}")
+    print(f"feature expectations {result['feature_gap']:.2%} from the expert's; ", end="")
+    print(f"correlation with the true reward {result['correlation']:.3f}; ", end="")
+    print(f"optimised, {result['share']:.1%} of the optimum; {result['seconds']:.1f} s")
     return result | {"rew": rew}
 
 

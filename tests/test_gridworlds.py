@@ -126,6 +126,9 @@ def test_bad_worlds(tmp_path):
         make_world("x", ("S ", " G"), np.zeros((3, 2)))
     with pytest.raises(UserError, match=r"of shape \(4,\)"):
         make_world("x", ("S ", " G"), np.zeros(4))
+    for words in (dict(wind=1.5), dict(wind=-0.1), dict(gamma=0.0), dict(gamma=1.01)):
+        with pytest.raises(UserError, match=r"--wind must lie in \[0, 1\] and --gamma in \(0, 1\], not"):
+            find_world("open", **words)
     with pytest.raises(UserError, match="Unknown features 'cells'; use cell, terrain, or a .npy file"):
         find_world("open", "cells")
     with pytest.raises(UserError, match="Cannot read --features .*none.npy"):

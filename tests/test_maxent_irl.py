@@ -174,7 +174,7 @@ def test_update(changes, tmp_path, monkeypatch, capsys):
         [gap, r, share], rel=1e-9
     )
     said = capsys.readouterr().out
-    assert f"{args.reward} reward of {args.features} features, recovered:\n{world.show(rew)}\n" in said
+    assert f"{args.reward} reward of {args.features} features:\n{world.show(rew)}\n" in said
     assert f"{gap:.2%} from the expert's" in said and f"reward {r:.3f}; optimised, {share:.1%} of the optimum" in said
     assert 0 <= result["seconds"] < 60 and f"; {result['seconds']:.1f} s\n" in said
 
@@ -193,3 +193,5 @@ def test_bad_input(tmp_path):
         maxent_irl.train(maxent_irl.Args(env=str(tmp_path / "none.txt")))
     with pytest.raises(UserError, match=r"of shape \(3, 2\); the world open has 36 cells and needs \(36, K\)"):
         maxent_irl.train(maxent_irl.Args(features=str(tmp_path / "f.npy")))
+    with pytest.raises(UserError, match="--horizon must be at least 1, not 0"):
+        maxent_irl.train(maxent_irl.Args(horizon=0))

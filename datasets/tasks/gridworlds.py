@@ -86,8 +86,10 @@ class World:
 def make_world(name, rows, features="cell", wind=0.1, gamma=0.95, horizon=50):
     """The World of a map. features: "cell", one for each; "terrain", one for each kind; or an array (S, K).
 
-    UserError: no goal, ragged rows, features of another size.
+    UserError: no goal, ragged rows, features of another size, a wind or discount that is none.
     """
+    if not (0 <= wind <= 1 and 0 < gamma <= 1):
+        raise UserError(f"--wind must lie in [0, 1] and --gamma in (0, 1], not {wind} and {gamma}.")
     if len({len(row) for row in rows}) != 1:
         raise UserError(f"The rows of the map of {name} must be equally long; fill them up with # or spaces.")
     if not any("G" in row for row in rows):
