@@ -90,8 +90,8 @@ class Shaped(nn.Module):
 
     def forward(self, steps, done):
         obs, _, next_obs = steps.split(self.sizes, -1)
-        g, h, next_h = (x.squeeze(-1) for x in (self.g(steps[..., : self.seen]), self.h(obs), self.h(next_obs)))
-        return g + self.gamma * (1 - done) * next_h - h  # (Eq. 4)
+        h, next_h = self.h(torch.stack([obs, next_obs])).squeeze(-1)
+        return self.g(steps[..., : self.seen]).squeeze(-1) + self.gamma * (1 - done) * next_h - h  # (Eq. 4)
 
 
 def policy(obs, actor):
