@@ -62,6 +62,7 @@ studies: $(READY)  ## train and measure what results/studies/ asks (hours on a C
 	$(PYTHON) results/studies/model_error.py
 	$(PYTHON) results/studies/demonstrations.py
 	$(PYTHON) results/studies/compounding.py
+	$(PYTHON) results/studies/transfer.py
 	$(PYTHON) results/table.py
 	$(MAKE) .venv-peers/installed
 	$(PYTHON) results/studies/peer_iql.py

@@ -67,7 +67,7 @@ def mlp(*sizes):
 
 
 class Actor(nn.Module):
-    """Gaussian: obs (B, O) -> mean (B, A), log_std (A,)."""
+    """Gaussian, its mean near 0 at first: obs (B, O) -> mean (B, A), log_std (A,)."""
 
     def __init__(self, obs_dim, act_dim):
         super().__init__()
@@ -80,7 +80,7 @@ class Actor(nn.Module):
 
 
 def policy(obs, actor):
-    """The action to evaluate, the mean: obs (B, O) -> act (B, A)."""
+    """The action to evaluate, the mean at obs within [-10, 10]: obs (B, O) -> act (B, A)."""
     return actor(obs.clamp(-10, 10))[0]
 
 

@@ -14,6 +14,7 @@ from datasets.dataset import Batch, Dataset, SarsaBatch
 from datasets.loading import load
 from datasets.store import write_whole
 from datasets.tasks import icu_sepsis
+from datasets.tasks.gridworlds import find_world
 from datasets.vector_env import Envs
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Task",
     "UserError",
     "find_task",
+    "find_world",
     "icu_sepsis",
     "load",
     "load_expert",

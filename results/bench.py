@@ -36,19 +36,19 @@ sys.path.insert(0, str(ROOT))
 from datasets import UserError, write_whole
 from datasets.processes import cores
 from results.run import Run, choose_device, code_version, peak_memory
-from tests.scripts import SCRIPTS
+from tests.scripts import TRAINED
 
 FILE = ROOT / "results" / "bench.json"
 ROUNDS = 3  # of which the median is taken
 WARM = 12  # updates beforehand: three of each kind, then those that capture its graph
-EVERY = {"gail": 96_000}  # updates between evaluations; of the others 5,000
+EVERY = dict.fromkeys(("gail", "gaifo", "airl", "f_max"), 96_000)  # updates between evaluations; of the others 5,000
 TURN = {"awr": 1000}  # updates that belong together: before them come those of V
 LONG = 96 * 10**7  # --steps, never reached
 
 
 @dataclass
 class Args:
-    scripts: tuple[str, ...] = tuple(SCRIPTS)
+    scripts: tuple[str, ...] = tuple(TRAINED)
     seeds: tuple[int, ...] = ()  # as many at once, each number in turn: (1, 4) on a CPU, (1, 16) on a GPU
     seconds: float = 5.0  # for each measurement
     device: str = "auto"
@@ -76,7 +76,7 @@ def append(entry):
 def arguments(script, module, seeds, device, graph=True):
     """The script's own defaults on collected data, so long that no schedule ends, evaluated when we say so."""
     changes = {"steps": LONG, "eval_every": LONG, "device": device}
-    if not SCRIPTS[script].acts:
+    if not TRAINED[script].acts:
         changes |= {"seeds": seeds, "graph": graph}
     if script == "sac":
         changes["start_steps"] = 1  # it learns from the second on
@@ -196,10 +196,10 @@ def tell_rows(script, seeds, seconds, device, tell):
     """Tells where it measures, then each row: `script` in every way that this device allows."""
     device = choose_device(device).type
     tell(machine(device))
-    numbers = (1,) if SCRIPTS[script].acts else seeds or ((1, 16) if device == "cuda" else (1, 4))
+    numbers = (1,) if TRAINED[script].acts else seeds or ((1, 16) if device == "cuda" else (1, 4))
     for number in numbers:
         tell(row := measure(script, number, device, seconds))
-        if device == "cuda" and not SCRIPTS[script].acts:
+        if device == "cuda" and not TRAINED[script].acts:
             tell(measure(script, number, device, seconds, graph=False))
             if number > 1:
                 tell(measure_plain(script, number, device, seconds, row["updates_per_s"]))
@@ -269,8 +269,8 @@ def entry_of(script, seeds, seconds, device, log, limit=600.0):
 
 def bench(args):
     for script in args.scripts:
-        if script not in SCRIPTS:
-            raise UserError(f"Unknown --scripts '{script}'; known are {', '.join(SCRIPTS)}.")
+        if script not in TRAINED:
+            raise UserError(f"Unknown --scripts '{script}'; known are {', '.join(TRAINED)}.")
     failed = []
     print(HEAD)
     with tempfile.TemporaryDirectory() as folder:

@@ -71,10 +71,7 @@ class Run:
             end_with(int(parent))
         self.args, self.algorithm = args, Path(script).stem
         self.free, self.defaults = FREE - {"steps"} if schedule else FREE, {}
-        for field in dataclasses.fields(args):
-            value, least = getattr(args, field.name), 0 if field.default == 0 else 1  # a default of 0 allows 0: --seed
-            if field.type in (int, int | None) and value is not None and value < least:
-                raise UserError(f"--{field.name.replace('_', '-')} must be at least {least}, not {value}.")
+        check_arguments(args)
         self.device = choose_device(args.device)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device.index or 0)
@@ -369,6 +366,14 @@ def _point_of(agent, point):
         each = {name: value[agent] if isinstance(value, list) else value for name, value in point["losses"].items()}
         own["losses"] = {name: float(f"{value:.6g}") for name, value in each.items()}
     return own
+
+
+def check_arguments(args):
+    """UserError where a number that counts something is too small."""
+    for field in dataclasses.fields(args):
+        value, least = getattr(args, field.name), 0 if field.default == 0 else 1  # a default of 0 allows 0: --seed
+        if field.type in (int, int | None) and value is not None and value < least:
+            raise UserError(f"--{field.name.replace('_', '-')} must be at least {least}, not {value}.")
 
 
 def choose_device(name):

@@ -12,6 +12,7 @@ class Script:
     lines: int  # at most, its docstring included
     discrete: bool = False  # its actions: then the general tests give it CartPole's data
     acts: bool = False  # while it learns: then its --steps are the environment's, and a seed is a process
+    tabular: bool = False  # exact, on an enumerable world, in seconds: no dataset, no networks that act, no Run
     quick: dict = field(default_factory=dict)  # arguments that spare tests time, and use more of the code
 
 
@@ -28,6 +29,11 @@ SCRIPTS = {
     "ensemble_dagger": Script("imitation", 190, acts=True, quick=ASKS),
     "bco": Script("imitation", 200, acts=True, quick=GAIL | {"pre_steps": 20, "buffer_size": 30, "updates": 3}),
     "gail": Script("imitation", 200, acts=True, quick=GAIL),
+    "gaifo": Script("imitation", 200, acts=True, quick=GAIL),
+    "apprenticeship": Script("imitation", 170, tabular=True),
+    "maxent_irl": Script("imitation", 190, tabular=True),
+    "airl": Script("imitation", 230, acts=True, quick=GAIL),
+    "f_max": Script("imitation", 220, acts=True, quick=GAIL),
     "sac": Script("why offline fails", 200, acts=True, quick={"env": "hopper", "start_steps": 70, "eval_every": 100}),
     "offline_sac": Script("why offline fails", 195),
     "dqn": Script(
@@ -56,3 +62,5 @@ SCRIPTS = {
     "idql": Script("generative", 245, quick={"n_samples": 3}),
     "fql": Script("generative", 230, quick={"width": 32, "flow_steps": 3}),
 }
+# Those with a task, an Actor, a Run and its records: what can be resumed, evaluated, timed.
+TRAINED = {name: script for name, script in SCRIPTS.items() if not script.tabular}

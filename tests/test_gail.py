@@ -120,55 +120,64 @@ def tanh_net(params, x):
     return x @ weight.T + bias
 
 
-@pytest.mark.parametrize("reward", ["-logD", "log(1-D)", "sum"])
-def test_update(reward, small, monkeypatch):
-    """Three iterations, in which episodes end and are cut; what `play` returned is taken as it is."""
-    played, play = [], gail.play
-    monkeypatch.setattr(gail, "play", lambda *words: played.append((words[2], play(*words))) or played[-1][1])
-    changes = dict(gamma=0.9, gae_lambda=0.8, clip=0.1, lr=3e-3, epochs=2, seed=2, reward=reward)
+def whole_update(script, small, monkeypatch, sees, net, D, earns, hidden=(), **changes):
+    """Three iterations of GAIL or a sister, in which episodes end and are cut; what `play` returned is taken as it is.
+
+    sees(obs, act, next_obs): what its network is given, (..., X); net(params, x, done): what that says, (...), whose
+    slope is penalized; D(net's, pi(act | obs)): the policy's probability; earns(D's): the reward; hidden: columns of
+    the data that the script has made NaN.
+    """
+    played, play = [], script.play
+    monkeypatch.setattr(script, "play", lambda *words: played.append((words[2], play(*words))) or played[-1][1])
+    changes |= dict(gamma=0.9, gae_lambda=0.8, clip=0.1, lr=3e-3, epochs=2, seed=2)
     changes |= dict(demos=5, every=7, disc_lr=0.02, disc_updates=4, grad_penalty=3.0, batch_size=32)
-    args = arguments(str(small), eval_env="", envs=3, horizon=40, steps=360, **changes)
-    traced = trace(gail, monkeypatch, args, task={"max_episode_steps": 18})
+    args = arguments(str(small), script, eval_env="", envs=3, horizon=40, steps=360, **changes)
+    traced = trace(script, monkeypatch, args, task={"max_episode_steps": 18})
 
     rng, whole = np.random.default_rng(2), [np.arange(20_000)[own] for own in episodes(small)]
     rows = [whole[i] for i in rng.choice(len(whole), 5, replace=False)]
     rows = np.concatenate([own[rng.integers(7) :: 7] for own in rows])
     obs, act, rew, next_obs, done = (column[rows] for column in columns(small))
     mean, std = obs.mean(0), obs.std(0) + 1e-3
-    expected = table((obs - mean) / std, act, rew, (next_obs - mean) / std, done)
-    torch.testing.assert_close(traced.rows, expected, rtol=1e-9, atol=1e-9)
+    data = dict(obs=(obs - mean) / std, act=act, rew=rew, next_obs=(next_obs - mean) / std, done=done)
+    data |= {name: torch.full_like(data[name], torch.nan) for name in hidden}
+    torch.testing.assert_close(traced.rows, table(*data.values()), rtol=1e-9, atol=1e-9, equal_nan=True)
 
     actor, value, disc = (leaves(traced.start[name]) for name in ("actor", "value", "disc"))
-    assert [len(x) for net in (value, disc) for x in net.values()] == 2 * [100, 100, 100, 100, 1, 1]
+    assert [len(x) for x in value.values()] == [100, 100, 100, 100, 1, 1]
+    assert [len(x) for x in disc.values()] in ([100, 100, 100, 100, 1, 1], 2 * [100, 100, 100, 100, 1, 1])
     actor_opt, value_opt, disc_opt = Adam(actor, None), Adam(value, None), Adam(disc, 0.02)
-    net = {name: x for name, x in actor.items() if name != "log_std"}
+    mean_net = {name: x for name, x in actor.items() if name != "log_std"}
     draws, batches = (x for _, x in traced.random), iter(traced.batches)
-    D = lambda pairs: tanh_net(disc, pairs)[..., 0].sigmoid()
+    assert 0 < sum(done.sum() for _, (*_, done, last) in played) < sum(last.sum() - 3 for _, (*_, last) in played)
     V = lambda obs: tanh_net(value, obs)[..., 0]
-    pi = lambda obs: torch.distributions.Normal(tanh_net(net, obs), actor["log_std"].exp())
+    pi = lambda obs: torch.distributions.Normal(tanh_net(mean_net, obs), actor["log_std"].exp())
     for step, (seed, (obs, act, next_obs, done, last)) in zip((120, 240, 360), played, strict=True):
-        assert seed == 200_000_000 + step and act.shape == (40, 3, 3) and 0 < done.sum() < last.sum() - 3
+        assert seed == 200_000_000 + step and act.shape == (40, 3, 3)
         noise = torch.stack([next(draws) for _ in range(40)])
         assert_same(act, pi(obs).mean + pi(obs).stddev * noise)
-        pairs = torch.cat([obs, act.clamp(-1, 1)], -1)
+        with torch.no_grad():
+            old = pi(obs).log_prob(act).sum(-1)
+        seen = sees(obs, act.clamp(-1, 1), next_obs)  # (40, 3, X)
         for _ in range(4):
             batch, rows, share = next(batches), next(draws), next(draws)
-            ours, experts = pairs.reshape(120, 14)[rows], torch.cat([batch.obs, batch.act], 1)
+            ours, experts = seen.reshape(120, -1)[rows], sees(batch.obs, batch.act, batch.next_obs)
             between = (ours + share * (experts - ours)).requires_grad_()
-            (slope,) = torch.autograd.grad(tanh_net(disc, between).sum(), between, create_graph=True)
+            (slope,) = torch.autograd.grad(net(disc, between, 0).sum(), between, create_graph=True)
             penalty = ((slope.norm(dim=1) - 1).clamp(min=0) ** 2).mean()
-            disc_opt.step(-D(ours).log().mean() - (1 - D(experts)).log().mean() + 3.0 * penalty)
+            theirs = pi(batch.obs).log_prob(batch.act).sum(-1).exp().detach() if "act" not in hidden else None
+            p = D(net(disc, ours, done.reshape(120)[rows]), old.reshape(120)[rows].exp())
+            expert_p = D(net(disc, experts, batch.done), theirs)
+            disc_opt.step(-p.log().mean() - (1 - expert_p).log().mean() + 3.0 * penalty)
 
         with torch.no_grad():
-            p = D(pairs)
-            rew = (1 - 0.9) * {"-logD": -p.log(), "log(1-D)": (1 - p).log(), "sum": (1 / p - 1).log()}[reward]
+            rew = (1 - 0.9) * earns(D(net(disc, seen, done), old.exp()))
             delta = rew + 0.9 * (1 - done) * V(next_obs) - V(obs)
             adv = torch.zeros(41, 3).double()
             for t in reversed(range(40)):
                 adv[t] = delta[t] + 0.9 * 0.8 * (1 - last[t]) * adv[t + 1]
             adv, ret = adv[:-1], adv[:-1] + V(obs)
             adv = (adv - adv.mean()) / (adv.std() + 1e-8)
-            old = pi(obs).log_prob(act).sum(-1)
         actor_opt.lr = value_opt.lr = 3e-3 * (1 - (step - 120) / 360)
         for order in next(draws), next(draws):
             for rows in (order[i : i + 32] for i in range(0, 120, 32)):
@@ -179,6 +188,22 @@ def test_update(reward, small, monkeypatch):
     for name, params in {"actor": actor, "value": value, "disc": disc}.items():
         assert_same(params, traced.end[name], name)
     assert traced.end["opt"]["param_groups"][0]["lr"] == pytest.approx(1e-3)
+
+
+def plain(params, x, done):
+    """A discriminator that is one network, of pairs that know no ends."""
+    return tanh_net(params, x)[..., 0]
+
+
+def sigmoid(logit, density):
+    return 1 / (1 + (-logit).exp())
+
+
+@pytest.mark.parametrize("reward", ["-logD", "log(1-D)", "sum"])
+def test_update(reward, small, monkeypatch):
+    sees = lambda obs, act, next_obs: torch.cat([obs, act], -1)
+    earns = {"-logD": lambda p: -p.log(), "log(1-D)": lambda p: (1 - p).log(), "sum": lambda p: (1 / p - 1).log()}
+    whole_update(gail, small, monkeypatch, sees, plain, sigmoid, earns[reward], reward=reward)
 
 
 PLACE = 0.4  # of the cart, where the expert keeps it
@@ -205,9 +230,9 @@ def expert(tmp_path_factory):
     return str(path)
 
 
-def arguments(expert, **changes):
+def arguments(expert, script=gail, **changes):
     quick = {"env": expert, "eval_env": "InvertedPendulum-v4", "envs": 4, "horizon": 200, "eval_every": 800, "every": 1}
-    return dataclasses.replace(gail.Args(), **quick | changes)
+    return dataclasses.replace(script.Args(), **quick | changes)
 
 
 def test_right_signs_imitate_and_wrong_ones_do_not(expert, monkeypatch):

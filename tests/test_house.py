@@ -17,6 +17,7 @@ LAYERS = [
     {"datasets.store"},
     {"datasets.dataset"},
     {"datasets.vector_env"},
+    {"datasets.tasks.gridworlds"},
     {"datasets.catalog"},
     {"datasets.tasks.maze2d"},
     {"datasets.tasks.d4rl_envs"},

@@ -7,8 +7,8 @@ import pytest
 import torch
 import tyro
 
-from algorithms import cql, mopo, td3_bc
-from datasets import Dataset, UserError, find_task
+from algorithms import airl, cql, gail, mopo, td3_bc
+from datasets import Dataset, UserError, find_task, find_world
 from results.checkpoint import load_checkpoint
 from results.run import code_version
 from results.studies import (
@@ -21,6 +21,7 @@ from results.studies import (
     peer_iql,
     return_conditioning,
     stitching,
+    transfer,
 )
 from results.studies.common import once, runs_of, train, value_and_truth
 
@@ -316,3 +317,45 @@ def test_findings_of_compounding(expected, folder):
     assert compounding.late(hopper["BC"][0]) == pytest.approx(3.0) and "1750 ± 1768 of BC" in sentences[2]
     compounding.draw()
     assert (folder / "compounding.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_findings_of_transfer(expected, folder):
+    def world(name):
+        share = dict.fromkeys(transfer.METHODS, 0.95)
+        if name == "right":
+            share |= (
+                {"BC": 0.0, "AIRL state-action": 0.4, "GAIL": 0.2} if expected else {"MaxEnt deep": 0.1, "GAIL": 1.0}
+            )
+        elif not expected:
+            share["GAIL"] = 0.4
+        return {method: [[x, x / 2], [x, x / 2 + 0.01], [x, x / 2]] for method, x in share.items()}
+
+    common.keep(transfer.STUDY, worlds={name: world(name) for name in transfer.WORLDS})
+    home, wind, *verdicts = transfer.findings()
+    assert [text.split(". ")[1][:6] for text in (home, *verdicts)] == (["So it "] * 4 if expected else ["Not so"] * 4)
+    assert "MaxEnt linear 95% ± 0" in wind and "with the soft policy MaxEnt linear 48% ± 1" in wind
+    transfer.draw()
+    assert (folder / "transfer.png").stat().st_size > 10_000
+
+
+def test_what_transfer_learns(monkeypatch):
+    """BC: shares of what was seen. An adversary: the one of states says nothing of actions, and each is a reward that
+    brings its soft policy nearer to the expert's visits than a policy that draws any action."""
+    world = find_world("left")
+    torch.manual_seed(0)
+    states, acts = transfer.demonstrations(world)
+    policy = transfer.clone(world, states, acts)
+    seen = acts[states == 63]
+    np.testing.assert_allclose(policy[7, 63], np.bincount(seen, minlength=4) / len(seen))
+    assert torch.equal(policy[0], policy[49]) and torch.allclose(policy.sum(-1), torch.ones(50, 64).double())
+    monkeypatch.setattr(transfer, "STEPS", 15)
+    shown = torch.bincount(states.flatten(), minlength=64) / states.numel()
+    for script, kind in ((airl, "state"), (airl, "state-action"), (gail, "GAIL")):
+        rew = transfer.adversary(world, script, kind, states, acts)
+        assert rew.shape == (64, 4) and (rew == rew[:, :1]).all() == (kind == "state")
+        far = []
+        for policy in (transfer.maxent_irl.soft_policy(world, rew)[0], torch.full((50, 64, 4), 0.25).double()):
+            visited = torch.bincount(world.sample(policy, 2000)[0].flatten(), minlength=64) / 100_000
+            far.append((visited - shown).abs().sum())
+        assert far[0] < far[1], kind

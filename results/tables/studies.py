@@ -10,6 +10,7 @@ from results.studies import (
     q_divergence,
     return_conditioning,
     stitching,
+    transfer,
 )
 from results.tables.records import RESULTS
 
@@ -22,6 +23,7 @@ STUDIES = (
     model_error,
     demonstrations,
     compounding,
+    transfer,
     peer_iql,
 )
 
