@@ -46,6 +46,7 @@ class Dataset:
     Columns are views of the table (`data.rew *= 0.1` changes the data): obs (N, O), act (N, A), rew (N,),
     next_obs (N, O), done (N,). `ends` (E,) holds, for each episode, the index after its last row.
     With discrete actions `n_actions` is their number, else 0; `act` then holds one index, (N, 1).
+    Behind the rows of the data, `fixed` of them, there may be room for those of an online phase, `added` so far.
     `obs_mean` and `obs_std` (O,) are what `normalize_obs` applied, 0 and 1 before; whoever acts applies them too.
     """
 
@@ -53,6 +54,7 @@ class Dataset:
         self.task, self.source, self.fingerprint = task, source, fingerprint
         self.rows, self.ends, self.obs_dim, self.act_dim = rows, np.asarray(ends), obs_dim, act_dim
         self.size, self.n_actions = len(rows), n_actions
+        self.fixed, self.added, self.share = 0, 0, None  # see make_room
         self.obs_mean = torch.zeros(obs_dim, device=rows.device)
         self.obs_std = torch.ones(obs_dim, device=rows.device)
         self._envs = None  # (how many, environments) of the last evaluation
@@ -63,22 +65,35 @@ class Dataset:
         env = task.make_env()
         O, A = env.observation_space.shape[0], env.action_space.shape[0]
         data = cls(task, "online", "", torch.zeros(capacity, 2 * O + A + 2, device=device), [], O, A)
-        data.size = data.added = 0
+        data.size = 0
         return data
 
-    def add(self, obs, act, rew, next_obs, done):
+    def make_room(self, n, share=None):
+        """Room behind the data for n transitions, which `add` fills; then the oldest of them gives way to the next.
+        Once there is one, `share` of each batch is of the data, the rest of what was added; None: all are drawn alike.
+        """
+        if share is not None and not 0 <= share < 1:
+            raise UserError(f"--offline-share must lie in [0, 1), not {share}.")
+        self.fixed, self.share = self.size, share
+        self.rows = torch.cat([self.rows, self.rows.new_zeros(n, self.rows.shape[1])])
+
+    def add(self, obs, act, rew, next_obs, done, *more):
+        """One transition, its observations as the environment gives them; more: of the columns beyond a Batch's."""
         self.check_env(next_obs, rew)
-        row = np.concatenate([obs, act, [rew], next_obs, [done]])
-        self.rows[self.added % len(self.rows)] = torch.as_tensor(row, dtype=torch.float32)
+        row = self.rows[self.fixed + self.added % (len(self.rows) - self.fixed)]
+        row[:] = torch.as_tensor(np.concatenate([obs, act, [rew], next_obs, [done], more]), dtype=torch.float32)
+        for part in self.split(row)[0], self.split(row)[3]:  # obs, next_obs
+            part.sub_(self.obs_mean).div_(self.obs_std)
         self.added += 1
-        self.size = min(self.added, len(self.rows))
+        self.size = min(self.fixed + self.added, len(self.rows))
 
     def state_dict(self):
-        return {"rows": self.rows[: self.size].clone(), "added": self.added}  # torch saves all that a view is of
+        """What was added; torch saves all that a view is of, hence a clone."""
+        return {"rows": self.rows[self.fixed : self.size].clone(), "added": self.added}
 
     def load_state_dict(self, state):
-        self.added, self.size = state["added"], len(state["rows"])
-        self.rows[: self.size] = state["rows"]
+        self.added, self.size = state["added"], self.fixed + len(state["rows"])
+        self.rows[self.fixed : self.size] = state["rows"]
 
     def __len__(self):
         return self.size
@@ -105,9 +120,14 @@ class Dataset:
 
     def sample(self, batch_size, seeds=1):
         """A Batch drawn uniformly with replacement, indices drawn on the device; one for each of several agents,
-        with a leading axis (seeds,)."""
-        shape = (batch_size,) if seeds == 1 else (seeds, batch_size)
-        return self.split(self.rows[torch.randint(self.size, shape, device=self.rows.device)])
+        with a leading axis (seeds,). Where `make_room` was given a share, the data's part comes first."""
+        shape, device = (batch_size,) if seeds == 1 else (seeds, batch_size), self.rows.device
+        if self.share is None or not self.added:
+            return self.split(self.rows[torch.randint(self.size, shape, device=device)])
+        n = round(self.share * batch_size)
+        of_data = torch.randint(self.fixed, (*shape[:-1], n), device=device)
+        of_others = torch.randint(self.fixed, self.size, (*shape[:-1], batch_size - n), device=device)
+        return self.split(self.rows[torch.cat([of_data, of_others], -1)])
 
     def returns(self):
         """Undiscounted return of each episode, (E,) float64."""
@@ -154,6 +174,10 @@ class Dataset:
         self.obs.sub_(self.obs_mean).div_(self.obs_std)
         self.next_obs.sub_(self.obs_mean).div_(self.obs_std)
 
+    def normalized(self, obs):
+        """obs (..., O) of an environment -> as policies are given them, a tensor on the device."""
+        return (torch.as_tensor(obs, dtype=torch.float32, device=self.rows.device) - self.obs_mean) / self.obs_std
+
     @torch.no_grad()
     @one_thread()
     def evaluate(self, policy, episodes, seed, seeds=1, rewards=False):
@@ -175,8 +199,7 @@ class Dataset:
         obs = envs.reset(np.add.outer(1000 * (seed + np.arange(seeds)), np.arange(episodes)).ravel())
         rew, returns, running = np.zeros(n), np.zeros(n), np.ones(n, bool)
         while running.any():
-            x = torch.as_tensor(obs, dtype=torch.float32, device=self.rows.device)
-            x = ((x - self.obs_mean) / self.obs_std).view(*shape, self.obs_dim)
+            x = self.normalized(obs).view(*shape, self.obs_dim)
             more = [torch.as_tensor(rew, dtype=torch.float32, device=x.device).view(shape)] if rewards else []
             act = policy(x, *more)
             act = act.long().view(n) if self.n_actions else act.clamp(-1, 1).view(n, self.act_dim)

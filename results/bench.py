@@ -81,6 +81,8 @@ def arguments(script, module, seeds, device, graph=True):
         changes["start_steps"] = 1  # it learns from the second on
     else:
         changes["source"] = "collected"
+    if hasattr(module.Args, "offline_steps"):
+        changes["offline_steps"] = 1  # what is measured acts
     if script == "mopo":  # whose model, and rollouts, come before the first update, and are not counted
         changes |= {"env": "halfcheetah-medium-replay", "model_updates": 1, "rollout_every": LONG}
     return module.Args(**changes)

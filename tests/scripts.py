@@ -33,4 +33,5 @@ SCRIPTS = {
     "sql": Script("in-sample", 215),
     "mopo": Script("model-based", 374, quick={"rollouts": 40, "rollout_every": 5, "keep": 2, "model_updates": 20}),
     "dt": Script("sequence", 280, quick={"context": 5}),
+    "iql_finetune": Script("offline-to-online", 200, acts=True, quick={"offline_steps": 30, "eval_every": 100}),
 }

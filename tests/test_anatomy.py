@@ -169,7 +169,10 @@ def test_same_text():
     assert len({SOURCES[name].split("        if run.due(step):\n")[1] for name in LIFTED if name not in remember}) == 1
 
 
-@pytest.mark.parametrize("elder, younger, most", [("sac_n", "edac", 30), ("iql", "xql", 40), ("iql", "sql", 40)])
+SISTERS = [("sac_n", "edac", 30), ("iql", "xql", 40), ("iql", "sql", 40), ("iql", "iql_finetune", 100)]
+
+
+@pytest.mark.parametrize("elder, younger, most", SISTERS)
 def test_sisters(elder, younger, most):
     """Docstring and TUNED aside, the difference of two scripts is the younger one's paper."""
     texts = []
