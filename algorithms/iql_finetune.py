@@ -1,4 +1,4 @@
-"""IQL fine-tuning: Offline Reinforcement Learning with Implicit Q-Learning (Kostrikov et al. 2022), arXiv:2110.06169.
+"""IQL online: Offline Reinforcement Learning with Implicit Q-Learning (Kostrikov et al., ICLR 2022), arXiv:2110.06169.
 
     offline  --offline-steps updates of iql.py, on the data alone
     online   act = clip(pi_act), pi_act ~ pi(obs); the transition joins the data; one update (Eq. 5 to 7) of them all

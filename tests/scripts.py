@@ -34,4 +34,5 @@ SCRIPTS = {
     "mopo": Script("model-based", 374, quick={"rollouts": 40, "rollout_every": 5, "keep": 2, "model_updates": 20}),
     "dt": Script("sequence", 280, quick={"context": 5}),
     "iql_finetune": Script("offline-to-online", 200, acts=True, quick={"offline_steps": 30, "eval_every": 100}),
+    "awac_finetune": Script("offline-to-online", 195, acts=True, quick={"offline_steps": 30, "eval_every": 100}),
 }

@@ -170,6 +170,7 @@ def test_same_text():
 
 
 SISTERS = [("sac_n", "edac", 30), ("iql", "xql", 40), ("iql", "sql", 40), ("iql", "iql_finetune", 100)]
+SISTERS += [("awac", "awac_finetune", 100)]
 
 
 @pytest.mark.parametrize("elder, younger, most", SISTERS)
