@@ -9,7 +9,7 @@ farama_notifications.notifications.pop("gymnasium_robotics", None)
 
 from datasets.action_log import ActionLog
 from datasets.catalog import BODIES, TASKS, Task, UserError, find_task
-from datasets.dataset import Batch, Dataset, SarsaBatch
+from datasets.dataset import Batch, Dataset, ReturnBatch, SarsaBatch
 from datasets.loading import load
 from datasets.store import write_whole
 from datasets.vector_env import Envs
@@ -21,6 +21,7 @@ __all__ = [
     "Batch",
     "Dataset",
     "Envs",
+    "ReturnBatch",
     "SarsaBatch",
     "Task",
     "UserError",

@@ -40,6 +40,17 @@ class SarsaBatch(NamedTuple):
     next_act: torch.Tensor  # (B, A), the action of next_obs; 0 after a termination
 
 
+class ReturnBatch(NamedTuple):
+    """A Batch and what came of it."""
+
+    obs: torch.Tensor
+    act: torch.Tensor
+    rew: torch.Tensor
+    next_obs: torch.Tensor
+    done: torch.Tensor
+    mc_return: torch.Tensor  # (B,), the return from this transition to the end of its episode; -inf: not known yet
+
+
 class Dataset:
     """N transitions, each one row of a single table, so that a batch costs one gather.
 
@@ -55,6 +66,7 @@ class Dataset:
         self.rows, self.ends, self.obs_dim, self.act_dim = rows, np.asarray(ends), obs_dim, act_dim
         self.size, self.n_actions = len(rows), n_actions
         self.fixed, self.added, self.share = 0, 0, None  # see make_room
+        self.batch = Batch  # what `sample` returns
         self.obs_mean = torch.zeros(obs_dim, device=rows.device)
         self.obs_std = torch.ones(obs_dim, device=rows.device)
         self._envs = None  # (how many, environments) of the last evaluation
@@ -99,11 +111,12 @@ class Dataset:
         return self.size
 
     def split(self, rows):
-        """The columns of a block of rows, as views: a Batch, after `add_next_act` a SarsaBatch."""
+        """The columns of a block of rows, as views: a Batch, after `add_next_act` a SarsaBatch, and so on."""
         O, A = self.obs_dim, self.act_dim
-        more = [A] if rows.shape[-1] > 2 * O + A + 2 else []
-        obs, act, rew, next_obs, done, *more = rows.split([O, A, 1, O, 1, *more], dim=-1)
-        return (SarsaBatch if more else Batch)(obs, act, rew.squeeze(-1), next_obs, done.squeeze(-1), *more)
+        widths = [O, A, 1, O, 1, *{Batch: [], SarsaBatch: [A], ReturnBatch: [1]}[self.batch]]
+        obs, act, rew, next_obs, done, *more = rows.split(widths, dim=-1)
+        more = [column.squeeze(-1) for column in more] if self.batch is ReturnBatch else more
+        return self.batch(obs, act, rew.squeeze(-1), next_obs, done.squeeze(-1), *more)
 
     obs = property(lambda self: self.split(self.rows[: self.size]).obs)
     act = property(lambda self: self.split(self.rows[: self.size]).act)
@@ -164,9 +177,21 @@ class Dataset:
         next_act = self.act.roll(-1, 0)
         next_act[last] = 0
         kept = ~last | (self.done > 0)
-        self.rows = torch.cat([self.rows[: self.size], next_act], 1)[kept]
+        self.rows, self.batch = torch.cat([self.rows[: self.size], next_act], 1)[kept], SarsaBatch
         ends = np.unique(kept.cpu().numpy().cumsum()[self.ends - 1])  # an episode of one dropped row is no more
         self.ends, self.size = ends[ends > 0], len(self.rows)
+
+    def add_returns(self, mc_return):
+        """Gives each row what came of it, mc_return (N,) float64, so that `sample` returns ReturnBatches."""
+        column = torch.from_numpy(mc_return).to(self.rows)[:, None]
+        self.rows, self.batch = torch.cat([self.rows[: self.size], column], 1), ReturnBatch
+
+    def set_returns(self, mc_return):
+        """Of the transitions that were added last, as many as mc_return (T,) has."""
+        room = len(self.rows) - self.fixed
+        mc_return = mc_return[-room:]  # of a longer episode the rest has given way
+        rows = self.fixed + (self.added - len(mc_return) + np.arange(len(mc_return))) % room
+        self.rows[torch.from_numpy(rows).to(self.rows.device), -1] = torch.from_numpy(mc_return).to(self.rows)
 
     def normalize_obs(self, eps=1e-3):
         """(obs - mean) / (std + eps), in place, for obs and next_obs."""

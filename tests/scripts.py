@@ -17,6 +17,7 @@ class Script:
 # In the order in which they are read, here and in every table; so are the scripts of a family.
 FAMILIES = ("imitation", "why offline fails", "policy constraint", "pessimism", "in-sample", "model-based", "sequence")
 FAMILIES += ("generative", "offline-to-online", "evaluation", "preferences")
+PHASES = {"offline_steps": 30, "eval_every": 100}
 SCRIPTS = {
     "bc": Script("imitation", 150),
     "gail": Script("imitation", 200, acts=True, quick={"envs": 2, "horizon": 10, "eval_every": 20}),
@@ -33,6 +34,7 @@ SCRIPTS = {
     "sql": Script("in-sample", 215),
     "mopo": Script("model-based", 374, quick={"rollouts": 40, "rollout_every": 5, "keep": 2, "model_updates": 20}),
     "dt": Script("sequence", 280, quick={"context": 5}),
-    "iql_finetune": Script("offline-to-online", 200, acts=True, quick={"offline_steps": 30, "eval_every": 100}),
-    "awac_finetune": Script("offline-to-online", 195, acts=True, quick={"offline_steps": 30, "eval_every": 100}),
+    "iql_finetune": Script("offline-to-online", 200, acts=True, quick=PHASES),
+    "awac_finetune": Script("offline-to-online", 195, acts=True, quick=PHASES),
+    "cal_ql": Script("offline-to-online", 300, acts=True, quick={"n_actions": 2, "critic_layers": 1} | PHASES),
 }

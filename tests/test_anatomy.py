@@ -92,7 +92,7 @@ def test_arguments_are_explained(name):
 VARIANTS = {
     "Actor": ("gail", "rebrac", "sac_n", "edac"),
     "Critic": ("awac", "rebrac"),
-    "policy": ("cql", "gail", "sac"),
+    "policy": ("cal_ql", "cql", "gail", "sac"),
 }
 
 
@@ -170,7 +170,7 @@ def test_same_text():
 
 
 SISTERS = [("sac_n", "edac", 30), ("iql", "xql", 40), ("iql", "sql", 40), ("iql", "iql_finetune", 100)]
-SISTERS += [("awac", "awac_finetune", 100)]
+SISTERS += [("awac", "awac_finetune", 100), ("cql", "cal_ql", 140)]
 
 
 @pytest.mark.parametrize("elder, younger, most", SISTERS)
