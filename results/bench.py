@@ -77,9 +77,9 @@ def arguments(script, module, seeds, device, graph=True):
     changes = {"steps": LONG, "eval_every": LONG, "device": device}
     if not SCRIPTS[script].acts:
         changes |= {"seeds": seeds, "graph": graph}
-    if script == "sac":
+    if hasattr(module.Args, "start_steps"):
         changes["start_steps"] = 1  # it learns from the second on
-    else:
+    if hasattr(module.Args, "source"):
         changes["source"] = "collected"
     if hasattr(module.Args, "offline_steps"):
         changes["offline_steps"] = 1  # what is measured acts

@@ -37,4 +37,7 @@ SCRIPTS = {
     "iql_finetune": Script("offline-to-online", 200, acts=True, quick=PHASES),
     "awac_finetune": Script("offline-to-online", 195, acts=True, quick=PHASES),
     "cal_ql": Script("offline-to-online", 300, acts=True, quick={"n_actions": 2, "critic_layers": 1} | PHASES),
+    "rlpd": Script(
+        "offline-to-online", 240, acts=True, quick={"start_steps": 70, "eval_every": 100, "utd": 2, "n_critics": 3}
+    ),
 }

@@ -92,7 +92,7 @@ def test_arguments_are_explained(name):
 VARIANTS = {
     "Actor": ("gail", "rebrac", "sac_n", "edac"),
     "Critic": ("awac", "rebrac"),
-    "policy": ("cal_ql", "cql", "gail", "sac"),
+    "policy": ("cal_ql", "cql", "gail", "rlpd", "sac"),
 }
 
 
