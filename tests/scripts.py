@@ -40,4 +40,5 @@ SCRIPTS = {
     "rlpd": Script(
         "offline-to-online", 240, acts=True, quick={"start_steps": 70, "eval_every": 100, "utd": 2, "n_critics": 3}
     ),
+    "spot": Script("offline-to-online", 280, acts=True, quick={"vae_steps": 15} | PHASES),
 }
