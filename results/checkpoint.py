@@ -24,9 +24,9 @@ def load_agent(path, device="cpu"):
     data = Dataset.buffer(Task(**saved["task"]), 0, device)
     data.obs_mean, data.obs_std = saved["obs_mean"], saved["obs_std"]
     script = importlib.import_module(f"algorithms.{saved['algorithm']}")
-    seeds = saved["args"].get("seeds", 1)
-    actors = [script.Actor(data.obs_dim, data.act_dim) for _ in range(seeds)]
-    actor = (script.stack(actors) if seeds > 1 else actors[0]).to(device)
+    seeds, members = (saved["args"].get(name, 1) for name in ("seeds", "members"))  # members: of one agent's policy
+    actors = [script.Actor(data.obs_dim, data.act_dim) for _ in range(seeds * members)]
+    actor = (script.stack(actors) if len(actors) > 1 else actors[0]).to(device)
     actor.load_state_dict(saved["state"]["actor"])
     policy = script.lift(seeds, script.policy, actor) if seeds > 1 else lambda obs: script.policy(obs, actor)
     if hasattr(script, "Rollout"):  # a policy with a memory, for one evaluation

@@ -41,4 +41,10 @@ SCRIPTS = {
         "offline-to-online", 240, acts=True, quick={"start_steps": 70, "eval_every": 100, "utd": 2, "n_critics": 3}
     ),
     "spot": Script("offline-to-online", 280, acts=True, quick={"vae_steps": 15} | PHASES),
+    "off2on": Script(
+        "offline-to-online",
+        350,
+        acts=True,
+        quick={"n_actions": 2, "critic_layers": 1, "members": 2, "start_steps": 20, "buffer_size": 300} | PHASES,
+    ),
 }

@@ -123,10 +123,10 @@ class World:
         return ((torch.from_numpy(raw).float().double() - self.mean) / self.std)[None]
 
     def act(self, act):
-        """act (1, A)."""
+        """act (1, A). Scripts keep the environment's numbers in float32."""
         raw, rew, terminated, truncated, _ = self.env.step(act[0].numpy())
-        numbers = [torch.tensor([[x]], dtype=torch.float64) for x in (self.reward(rew), terminated)]
-        self.rows.append(torch.cat([self.obs, act, numbers[0], self.seen(raw), numbers[1]], 1)[0])
+        rew, done = (torch.tensor([[x]], dtype=torch.float32).double() for x in (self.reward(rew), terminated))
+        self.rows.append(torch.cat([self.obs, act.float().double(), rew, self.seen(raw), done], 1)[0])
         self.over = terminated or truncated
         self.raw = None if self.over else raw
 
