@@ -10,7 +10,7 @@ farama_notifications.notifications.pop("gymnasium_robotics", None)
 from datasets.action_log import ActionLog
 from datasets.catalog import BODIES, GAMES, TASKS, Task, UserError, find_task
 from datasets.collect import load_expert
-from datasets.dataset import Batch, Dataset, SarsaBatch
+from datasets.dataset import Batch, Dataset, ReturnBatch, SarsaBatch
 from datasets.loading import load
 from datasets.store import write_whole
 from datasets.tasks import icu_sepsis
@@ -25,6 +25,7 @@ __all__ = [
     "Batch",
     "Dataset",
     "Envs",
+    "ReturnBatch",
     "SarsaBatch",
     "Task",
     "UserError",

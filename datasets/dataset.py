@@ -55,6 +55,17 @@ class SarsaBatch(NamedTuple):
     next_act: torch.Tensor  # (B, A), the action of next_obs; 0 after a termination
 
 
+class ReturnBatch(NamedTuple):
+    """A Batch and what came of it."""
+
+    obs: torch.Tensor
+    act: torch.Tensor
+    rew: torch.Tensor
+    next_obs: torch.Tensor
+    done: torch.Tensor
+    mc_return: torch.Tensor  # (B,), the return from this transition to the end of its episode; -inf: not known yet
+
+
 class Dataset:
     """N transitions, each one row of a single table, so that a batch costs one gather.
 
@@ -64,6 +75,7 @@ class Dataset:
     as (B,) int64. Where observations recur, as states do, or frames, which are one row's next_obs and the next row's
     obs, `frames` (F, O) holds each once, in their own type; obs and next_obs then are its rows' numbers, (N, 1), which
     batches look up.
+    Behind the rows of the data, `fixed` of them, there may be room for those of an online phase, `added` so far.
     `obs_mean` and `obs_std` (O,) are what `normalize_obs` applied, 0 and 1 before; whoever acts applies them too.
     """
 
@@ -71,6 +83,8 @@ class Dataset:
         self.task, self.source, self.fingerprint = task, source, fingerprint
         self.rows, self.ends, self.obs_dim, self.act_dim = rows, np.asarray(ends), obs_dim, act_dim
         self.size, self.n_actions, self.frames = len(rows), n_actions, frames
+        self.fixed, self.added, self.share = 0, 0, None  # see make_room
+        self.batch = Batch  # what `sample` returns
         self.obs_mean = torch.zeros(obs_dim, device=rows.device)
         self.obs_std = torch.ones(obs_dim, device=rows.device)
         self._envs = None  # (how many, environments) of the last evaluation
@@ -85,27 +99,42 @@ class Dataset:
         if task.obs_shape:  # each transition's two frames, one after the other
             data.frames = torch.zeros(2 * capacity, O, dtype=torch.uint8, device=device)
         data.rows = torch.zeros(capacity, 2 * data.width + A + 2, device=device)
-        data.size = data.added = 0
+        data.size = 0
         return data
 
-    def add(self, obs, act, rew, next_obs, done):
+    def make_room(self, n, share=None):
+        """Room behind the data for n transitions, which `add` fills; then the oldest of them gives way to the next.
+        Once there is one, `share` of each batch is of the data, the rest of what was added; None: all are drawn alike.
+        """
+        if share is not None and not 0 <= share < 1:
+            raise UserError(f"--offline-share must lie in [0, 1), not {share}.")
+        self.fixed, self.share = self.size, share
+        self.rows = torch.cat([self.rows, self.rows.new_zeros(n, self.rows.shape[1])])
+
+    def add(self, obs, act, rew, next_obs, done, *more):
+        """One transition, its observations as the environment gives them; more: of the columns beyond a Batch's."""
         self.check_env(next_obs, rew)
-        i = self.added % len(self.rows)
+        i = self.fixed + self.added % (len(self.rows) - self.fixed)
         if self.frames is not None:
             self.frames[2 * i : 2 * i + 2] = torch.as_tensor(np.stack([obs, next_obs]))
             obs, next_obs = [2 * i], [2 * i + 1]
-        row = np.concatenate([obs, np.atleast_1d(act), [rew], next_obs, [done]])
+        row = np.concatenate([obs, np.atleast_1d(act), [rew], next_obs, [done], more])
         self.rows[i] = torch.as_tensor(row, dtype=torch.float32)
+        if self.frames is None:
+            batch = self.split(self.rows[i])
+            for part in batch.obs, batch.next_obs:
+                part.sub_(self.obs_mean).div_(self.obs_std)
         self.added += 1
-        self.size = min(self.added, len(self.rows))
+        self.size = min(self.fixed + self.added, len(self.rows))
 
     def state_dict(self):
-        state = {"rows": self.rows[: self.size].clone(), "added": self.added}  # torch saves all that a view is of
+        """What was added; torch saves all that a view is of, hence a clone."""
+        state = {"rows": self.rows[self.fixed : self.size].clone(), "added": self.added}
         return state if self.frames is None else state | {"frames": self.frames[: 2 * self.size].clone()}
 
     def load_state_dict(self, state):
-        self.added, self.size = state["added"], len(state["rows"])
-        self.rows[: self.size] = state["rows"]
+        self.added, self.size = state["added"], self.fixed + len(state["rows"])
+        self.rows[self.fixed : self.size] = state["rows"]
         if self.frames is not None:
             self.frames[: 2 * self.size] = state["frames"]
 
@@ -123,11 +152,12 @@ class Dataset:
         return self.obs_dim if self.frames is None else 1
 
     def split(self, rows):
-        """The columns of a block of rows, as views: a Batch, after `add_next_act` a SarsaBatch."""
+        """The columns of a block of rows, as views: a Batch, after `add_next_act` a SarsaBatch, and so on."""
         O, A = self.width, self.act_dim
-        more = [A] if rows.shape[-1] > 2 * O + A + 2 else []
-        obs, act, rew, next_obs, done, *more = rows.split([O, A, 1, O, 1, *more], dim=-1)
-        return (SarsaBatch if more else Batch)(obs, act, rew.squeeze(-1), next_obs, done.squeeze(-1), *more)
+        widths = [O, A, 1, O, 1, *{Batch: [], SarsaBatch: [A], ReturnBatch: [1]}[self.batch]]
+        obs, act, rew, next_obs, done, *more = rows.split(widths, dim=-1)
+        more = [column.squeeze(-1) for column in more] if self.batch is ReturnBatch else more
+        return self.batch(obs, act, rew.squeeze(-1), next_obs, done.squeeze(-1), *more)
 
     obs = property(lambda self: self.split(self.rows[: self.size]).obs)
     act = property(lambda self: self.split(self.rows[: self.size]).act)
@@ -144,9 +174,16 @@ class Dataset:
 
     def sample(self, batch_size, seeds=1):
         """A Batch drawn uniformly with replacement, indices drawn on the device; one for each of several agents,
-        with a leading axis (seeds,)."""
-        shape = (batch_size,) if seeds == 1 else (seeds, batch_size)
-        batch = self.split(self.rows[torch.randint(self.size, shape, device=self.rows.device)])
+        with a leading axis (seeds,). Where `make_room` was given a share, the data's part comes first."""
+        shape, device = (batch_size,) if seeds == 1 else (seeds, batch_size), self.rows.device
+        if self.share is None or not self.added:
+            rows = torch.randint(self.size, shape, device=device)
+        else:
+            n = round(self.share * batch_size)
+            of_data = torch.randint(self.fixed, (*shape[:-1], n), device=device)
+            of_others = torch.randint(self.fixed, self.size, (*shape[:-1], batch_size - n), device=device)
+            rows = torch.cat([of_data, of_others], -1)
+        batch = self.split(self.rows[rows])
         if self.frames is not None:
             batch = batch._replace(obs=self.look_up(batch.obs), next_obs=self.look_up(batch.next_obs))
         return batch._replace(act=batch.act.squeeze(-1).long()) if self.n_actions else batch
@@ -190,15 +227,31 @@ class Dataset:
         next_act = self.act.roll(-1, 0)
         next_act[last] = 0
         kept = ~last | (self.done > 0)
-        self.rows = torch.cat([self.rows[: self.size], next_act], 1)[kept]
+        self.rows, self.batch = torch.cat([self.rows[: self.size], next_act], 1)[kept], SarsaBatch
         ends = np.unique(kept.cpu().numpy().cumsum()[self.ends - 1])  # an episode of one dropped row is no more
         self.ends, self.size = ends[ends > 0], len(self.rows)
+
+    def add_returns(self, mc_return):
+        """Gives each row what came of it, mc_return (N,) float64, so that `sample` returns ReturnBatches."""
+        column = torch.from_numpy(mc_return).to(self.rows)[:, None]
+        self.rows, self.batch = torch.cat([self.rows[: self.size], column], 1), ReturnBatch
+
+    def set_returns(self, mc_return):
+        """Of the transitions that were added last, as many as mc_return (T,) has."""
+        room = len(self.rows) - self.fixed
+        mc_return = mc_return[-room:]  # of a longer episode the rest has given way
+        rows = self.fixed + (self.added - len(mc_return) + np.arange(len(mc_return))) % room
+        self.rows[torch.from_numpy(rows).to(self.rows.device), -1] = torch.from_numpy(mc_return).to(self.rows)
 
     def normalize_obs(self, eps=1e-3):
         """(obs - mean) / (std + eps), in place, for obs and next_obs."""
         self.obs_mean, self.obs_std = self.obs.mean(0), self.obs.std(0) + eps
         self.obs.sub_(self.obs_mean).div_(self.obs_std)
         self.next_obs.sub_(self.obs_mean).div_(self.obs_std)
+
+    def normalized(self, obs):
+        """obs (..., O) of an environment -> as policies are given them, a tensor on the device."""
+        return (torch.as_tensor(obs, dtype=torch.float32, device=self.rows.device) - self.obs_mean) / self.obs_std
 
     @torch.no_grad()
     @one_thread()
@@ -228,8 +281,7 @@ class Dataset:
         obs = envs.reset(np.add.outer(1000 * (seed + np.arange(seeds)), np.arange(episodes)).ravel())
         rew, returns, running = np.zeros(n), np.zeros(n), np.ones(n, bool)
         while running.any():
-            x = torch.as_tensor(obs, dtype=torch.float32, device=self.rows.device)
-            x = ((x - self.obs_mean) / self.obs_std).view(*shape, self.obs_dim)
+            x = self.normalized(obs).view(*shape, self.obs_dim)
             more = [torch.as_tensor(rew, dtype=torch.float32, device=x.device).view(shape)] if rewards else []
             act = policy(x, *more)
             act = act.long().view(n) if self.n_actions else act.clamp(-1, 1).view(n, self.act_dim)

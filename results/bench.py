@@ -78,10 +78,12 @@ def arguments(script, module, seeds, device, graph=True):
     changes = {"steps": LONG, "eval_every": LONG, "device": device}
     if not TRAINED[script].acts:
         changes |= {"seeds": seeds, "graph": graph}
-    if script == "sac":
+    if hasattr(module.Args, "start_steps"):
         changes["start_steps"] = 1  # it learns from the second on
-    elif hasattr(module.Args, "source"):
+    if hasattr(module.Args, "source"):
         changes["source"] = "collected"
+    if hasattr(module.Args, "offline_steps"):
+        changes["offline_steps"] = 1  # what is measured acts
     if script == "bco":
         changes["pre_steps"] = 8000  # it learns from its first iteration on
     if script == "mopo":  # whose model, and rollouts, come before the first update, and are not counted

@@ -25,15 +25,14 @@ def load_agent(path, device="cpu"):
     data = Dataset.buffer(Task(**saved["task"]), 0, device)
     data.obs_mean, data.obs_std = saved["obs_mean"], saved["obs_std"]
     script = importlib.import_module(f"algorithms.{saved['algorithm']}")
-    seeds = saved["args"].get("seeds", 1)
-    known = lambda *names: [
-        saved["args"][name] for name in names if name in saved["args"]
-    ]  # of the scripts that have one
+    seeds, members = (saved["args"].get(name, 1) for name in ("seeds", "members"))  # members: of one agent's policy
+    known = lambda *names: [saved["args"][name] for name in names if name in saved["args"]]
     if data.n_actions:  # the critic acts
         actors = [script.Critic(data.obs_shape, data.n_actions, *known("quantiles")) for _ in range(seeds)]
     else:
-        actors = [script.Actor(data.obs_dim, data.act_dim, *known("width", "n_samples")) for _ in range(seeds)]
-    actor = (script.stack(actors) if seeds > 1 else actors[0]).to(device)
+        sizes = data.obs_dim, data.act_dim, *known("width", "n_samples")
+        actors = [script.Actor(*sizes) for _ in range(seeds * members)]
+    actor = (script.stack(actors) if len(actors) > 1 else actors[0]).to(device)
     actor.load_state_dict(saved["state"]["critic" if data.n_actions else "actor"])
     words = {"threshold": saved["args"]["threshold"]} if data.n_actions and "threshold" in saved["args"] else {}
     act = partial(script.policy, **words)

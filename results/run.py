@@ -38,6 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Arguments that do not tell one run from another: a resume may change them, and they are not in the folder's name.
 FREE = {"steps", "device", "resume", "record", "video", "graph"}
 NOT_OF_THE_CELL = FREE | {"env", "source", "eval_env", "seed", "seeds"}  # they have places of their own in the record
+# Arguments in which a run may differ from the checkpoint that stands for its offline phase.
+OF_ONE_PHASE = NOT_OF_THE_CELL | {"eval_every", "eval_episodes"}
 SAVE_SECONDS = 60  # at least, between the checkpoints within a step
 # The first steps on CUDA are no graph yet (see `graphed`), and no reason to warn of optimisers that are ready for one.
 UNGRAPHED = "This instance was constructed with capturable=True"
@@ -79,6 +81,7 @@ class Run:
         keep_freed_memory()
         torch.manual_seed(args.seed)
         self.seeds = range(args.seed, args.seed + getattr(args, "seeds", 1))
+        self._offline = None  # the checkpoint that stands for the offline phase
         self.resumable = True  # an online script clears it inside an episode: an environment cannot be checkpointed
         self.curve, self.seconds, self.eval_seconds = [], 0.0, 0.0
         self._interrupted = self._save_due = False
@@ -92,6 +95,42 @@ class Run:
         print(f"{task.name}: " + ", ".join(f"{name} {getattr(self.args, name)}" for name in self.defaults))
         return self.args
 
+    def begins_with(self, sister, data, seeds=1):
+        """The arguments. With --checkpoint, `steps` then starts from that checkpoint of `sister`.py, in place of an
+        offline phase: from its step, its curve and whatever of its state has the same name here, learning rates aside.
+        The argument becomes `sister`, in records and the folder's name. UserError where it is of another script, task,
+        data, number of agents, or of other arguments that both have."""
+        path = self.args.checkpoint
+        if not path:
+            return self.args
+        saved = load_checkpoint(path, self.device)
+        theirs, number = saved["args"], saved["args"].get("seeds", 1)
+        if saved["algorithm"] != sister:
+            raise UserError(f"{path} is of {saved['algorithm']}.py; --checkpoint takes one of {sister}.py.")
+        if (saved["task"]["name"], saved["fingerprint"]) != (data.task.name, data.fingerprint):
+            raise UserError(
+                f"{path} is of {saved['task']['name']} (data {saved['fingerprint']}), "
+                f"and this run is of {data.task.name} (data {data.fingerprint})."
+            )
+        if number != seeds:
+            raise UserError(f"{path} holds {number} agents, but {seeds} are wanted: train {sister}.py --seeds {seeds}.")
+        ours = dataclasses.asdict(self.args)
+        differ = [f"{k} is {theirs[k]}" for k in ours if k in theirs.keys() - OF_ONE_PHASE and ours[k] != theirs[k]]
+        if differ:
+            raise UserError(f"{path} is of a run with other arguments, which this one must share: {', '.join(differ)}.")
+        self._offline = saved
+        self.args = dataclasses.replace(self.args, checkpoint=sister, offline_steps=saved["step"])
+        return self.args
+
+    @property
+    def total(self):
+        """Steps in all: --steps, after the --offline-steps of a script that has both."""
+        return self._switch + self.args.steps
+
+    @property
+    def _switch(self):
+        return getattr(self.args, "offline_steps", 0)
+
     def steps(self, data, stride=1, **state):
         """Yields the steps, with a stride every so manieth; saves when it is due, on Ctrl-C, and at the end, where the
         record is written as well."""
@@ -100,6 +139,7 @@ class Run:
         self.data, self.stride, self.state, self.folder = data, stride, state, self._folder(data)
         self.checkpoint = self.folder / "checkpoint.pt"
         start = self._restore() if self.args.resume else self._start_afresh()
+        start = self._take_over() if self._offline and not self.args.resume else start
         self.step = self._checked = start
         self._losses = {}
         self._finite = torch.ones(len(self.seeds), dtype=torch.bool, device=self.device)
@@ -108,10 +148,10 @@ class Run:
         with _writing(self.folder):
             self._board = SummaryWriter(self.folder, purge_step=start + 1)
         title = f"{self.algorithm} {data.task.name}"
-        self._bar = tqdm(total=self.args.steps, initial=start, desc=title, unit="step", mininterval=0.5)
+        self._bar = tqdm(total=self.total, initial=start, desc=title, unit="step", mininterval=0.5)
         self._clock = time.perf_counter()
         try:
-            for step in range(start + stride, self.args.steps + 1, stride):
+            for step in range(start + stride, self.total + 1, stride):
                 yield step
                 self.step = step
                 self._bar.update(stride)
@@ -171,8 +211,8 @@ class Run:
         self._good_steps += self.stride * self._finite
 
     def due(self, step):
-        """True when this step is to be evaluated."""
-        if step % self.args.eval_every >= self.stride and step != self.args.steps:
+        """True when this step is to be evaluated: so is the last of each phase."""
+        if step % self.args.eval_every >= self.stride and step not in (self._switch, self.total):
             return False
         self._check_finite(step)
         self._eval_start = time.perf_counter()
@@ -259,7 +299,7 @@ class Run:
         differ = [f"{k} was {theirs.get(k)}" for k in ours if k not in self.free and ours[k] != theirs.get(k)]
         if differ:
             raise UserError(f"Cannot resume {_short(self.checkpoint)} with other arguments: {', '.join(differ)}.")
-        if self.args.steps < saved["step"]:
+        if self.total < saved["step"]:
             raise UserError(f"The run already stands at step {saved['step']}; --steps must not be below it.")
         for name, item in self.state.items():
             if isinstance(item, torch.Tensor):
@@ -272,6 +312,26 @@ class Run:
         self.curve, self.seconds, self.eval_seconds = saved["curve"], saved["seconds"], saved["eval_seconds"]
         print(f"Resumed {_short(self.checkpoint)} at step {saved['step']}.")
         return saved["step"]
+
+    def _take_over(self):
+        """The state, curve and step of the checkpoint that stands for the offline phase."""
+        for name, item in self.state.items():
+            if name not in self._offline["state"]:
+                continue
+            theirs = self._offline["state"][name]
+            if isinstance(item, torch.Tensor):
+                item.data.copy_(theirs)
+            elif isinstance(item, torch.optim.Optimizer):
+                rates = [group["lr"] for group in item.param_groups]
+                item.load_state_dict(theirs)
+                for group, rate in zip(item.param_groups, rates):
+                    group["lr"] = rate
+            else:
+                item.load_state_dict(theirs)
+        if self._offline["args"].get("seeds", 1) == 1:
+            self.curve = self._offline["curve"]
+        self.seconds, self.eval_seconds = self._offline["seconds"], self._offline["eval_seconds"]
+        return self._offline["step"]
 
     def _save(self):
         """Replaces the checkpoint by a whole new one, or leaves it as it is."""
@@ -315,6 +375,8 @@ class Run:
         }
         for agent, seed in enumerate(self.seeds):
             curve = [_point_of(agent, point) for point in self.curve]
+            if self._switch:
+                curve = [{"step": p["step"], "env_step": max(0, p["step"] - self._switch), **p} for p in curve]
             record = {
                 "algorithm": self.algorithm,
                 "env": self.data.task.name,
@@ -347,7 +409,7 @@ class Run:
             losses = (f"{name} {np.mean(value):.3g}" for name, value in end["losses"].items())
             result = f"not evaluated, {', '.join(losses)}"
         print(
-            f"{self.algorithm} on {self.data.task.name} (source {self.data.source}, {self.args.steps} steps): "
+            f"{self.algorithm} on {self.data.task.name} (source {self.data.source}, {self.total} steps): "
             f"{result}; record, checkpoint and TensorBoard curves in {_short(self.folder)}"
         )
 

@@ -21,6 +21,7 @@ FAMILIES = ("imitation", "why offline fails", "policy constraint", "pessimism", 
 FAMILIES += ("generative", "offline-to-online", "evaluation", "preferences")
 ASKS = {"env": "hopper-expert", "round_steps": 20, "eval_every": 20, "updates": 5}
 GAIL = {"envs": 2, "horizon": 10, "eval_every": 20}
+PHASES = {"offline_steps": 30, "eval_every": 100}
 SCRIPTS = {
     "bc": Script("imitation", 160),
     "dagger": Script("imitation", 190, acts=True, quick=ASKS),
@@ -61,6 +62,19 @@ SCRIPTS = {
     "dt": Script("sequence", 280, quick={"context": 5}),
     "idql": Script("generative", 245, quick={"n_samples": 3}),
     "fql": Script("generative", 230, quick={"width": 32, "flow_steps": 3}),
+    "iql_finetune": Script("offline-to-online", 200, acts=True, quick=PHASES),
+    "awac_finetune": Script("offline-to-online", 195, acts=True, quick=PHASES),
+    "cal_ql": Script("offline-to-online", 300, acts=True, quick={"n_actions": 2, "critic_layers": 1} | PHASES),
+    "rlpd": Script(
+        "offline-to-online", 240, acts=True, quick={"start_steps": 70, "eval_every": 100, "utd": 2, "n_critics": 3}
+    ),
+    "spot": Script("offline-to-online", 280, acts=True, quick={"vae_steps": 15} | PHASES),
+    "off2on": Script(
+        "offline-to-online",
+        350,
+        acts=True,
+        quick={"n_actions": 2, "critic_layers": 1, "members": 2, "start_steps": 20, "buffer_size": 300} | PHASES,
+    ),
 }
 # Those with a task, an Actor, a Run and its records: what can be resumed, evaluated, timed.
 TRAINED = {name: script for name, script in SCRIPTS.items() if not script.tabular}

@@ -95,7 +95,7 @@ def test_arguments_are_explained(name):
 VARIANTS = {
     "Actor": ("rebrac", "sac_n", "edac"),
     "Critic": ("awac", "rebrac"),
-    "policy": ("bco", "cql", "sac"),
+    "policy": ("bco", "cal_ql", "cql", "rlpd", "sac"),
 }
 
 
@@ -172,6 +172,7 @@ def test_same_text():
         texts = {re.sub(r" = [^#]*", "", args[field]) for args in fields if field in args}  # type and comment
         assert len({text for text in texts if "None" not in text}) == 1, (field, texts)  # None: TUNED has it
     remember = [name for name in LIFTED if "\nclass Rollout" in SOURCES[name]]  # their policies are given rewards, too
+    remember += [name for name in LIFTED if "\n    members: int" in SOURCES[name]]  # which are one agent in the end
     assert len({SOURCES[name].split("        if run.due(step):\n")[1] for name in LIFTED if name not in remember}) == 1
 
 
@@ -179,6 +180,7 @@ SISTERS = [("sac_n", "edac", 30), ("iql", "xql", 40), ("iql", "sql", 40), ("iql"
 SISTERS += [("offline_dqn", "discrete_bcq", 40), ("offline_dqn", "discrete_cql", 50)]
 SISTERS += [("dagger", "hg_dagger", 50), ("dagger", "safe_dagger", 40), ("dagger", "ensemble_dagger", 30)]
 SISTERS += [("gail", "gaifo", 20), ("gail", "f_max", 10), ("gail", "airl", 60)]
+SISTERS += [("iql", "iql_finetune", 100), ("awac", "awac_finetune", 100), ("cql", "cal_ql", 140)]
 
 
 @pytest.mark.parametrize("elder, younger, most", SISTERS)

@@ -110,7 +110,8 @@ def test_train_stop_resume_evaluate(name, seeds, small, tmp_path, monkeypatch):
     gradients on would chain every update to the one before, with right scores and memory without end."""
     script, runs = MODULES[name], []
     args = arguments(script, small, batch_size=32, seed=7, eval_episodes=2, **({"seeds": seeds} if seeds > 1 else {}))
-    args = dataclasses.replace(args, steps=2 * args.eval_every)
+    total, offline = 2 * args.eval_every, getattr(args, "offline_steps", 0)
+    args = dataclasses.replace(args, steps=total - offline)
     save = Run._save
     monkeypatch.setattr(Run, "_save", lambda run: (runs.append(run), save(run)))
     whole = trained(tmp_path, monkeypatch, "whole", (script.train, args))
@@ -133,7 +134,8 @@ def test_train_stop_resume_evaluate(name, seeds, small, tmp_path, monkeypatch):
     parts = trained(tmp_path, monkeypatch, "parts", first, second)
     for saved in (whole, parts):
         del saved["args"], saved["seconds"], saved["eval_seconds"]
-    assert whole["step"] == args.steps and [point["step"] for point in whole["curve"]] == [args.eval_every, args.steps]
+    ends = sorted({args.eval_every, total} | ({offline} if offline else set()))
+    assert whole["step"] == total and [point["step"] for point in whole["curve"]] == ends
     assert_equal(whole, parts)
 
 

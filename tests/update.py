@@ -75,6 +75,7 @@ def trace(script, monkeypatch, args, task=None):
         patch.setattr(Run, "steps", steps_traced)
         patch.setattr(Dataset, "sample", sample_traced)
         patch.setattr(Run, "watch", watch)
+        patch.setattr(Run, "_changed", lambda run: "")  # so many values make too long a folder's name
         patch.setattr(Run, "_check_finite", lambda run, step: None)  # it counts what was watched
         patch.setattr(Dataset, "evaluate", lambda data, _, episodes, *_words, **_k: np.zeros(episodes))
         torch.set_default_dtype(torch.float64)
@@ -102,6 +103,47 @@ def episodes(path):
 def table(*cols):
     """The rows (N, …) that a Dataset of these columns holds."""
     return torch.cat([col if col.ndim == 2 else col[:, None] for col in cols], 1)
+
+
+class World:
+    """An online phase as its test plays it: the environment, and the normalized transitions that it gave, in order."""
+
+    def __init__(self, task, seed, mean, std, reward=lambda rew: rew):
+        self.env, self.seed, self.mean, self.std, self.reward = task.make_env(), seed, mean, std, reward
+        self.raw, self.rows, self.obs, self.over = None, [], None, False
+
+    def look(self, step):
+        """The normalized obs (1, O) of that step, the first of an episode from a seed of its own."""
+        if self.raw is None:
+            self.raw, _ = self.env.reset(seed=10_000_000 * self.seed + step)
+        self.obs = self.seen(self.raw)
+        return self.obs
+
+    def seen(self, raw):
+        return ((torch.from_numpy(raw).float().double() - self.mean) / self.std)[None]
+
+    def act(self, act):
+        """act (1, A). Scripts keep the environment's numbers in float32."""
+        raw, rew, terminated, truncated, _ = self.env.step(act[0].numpy())
+        rew, done = (torch.tensor([[x]], dtype=torch.float32).double() for x in (self.reward(rew), terminated))
+        self.rows.append(torch.cat([self.obs, act.float().double(), rew, self.seen(raw), done], 1)[0])
+        self.over = terminated or truncated
+        self.raw = None if self.over else raw
+
+
+def are_rows_of(batch, rows):
+    """Whether each transition of a batch is one of the rows; float32 is what new ones are kept in."""
+    return bool((torch.cdist(table(*batch)[:, : rows.shape[1]], rows).amin(1) < 1e-4).all())
+
+
+def kept(rows, size):
+    """What a replay buffer of that size holds of the transitions that it was given."""
+    ring = {i % size: row for i, row in enumerate(rows)}
+    return torch.stack([ring[i] for i in sorted(ring)])
+
+
+def part(batch, span):
+    return type(batch)(*(column[span] for column in batch))
 
 
 def leaves(state, *names):
