@@ -156,14 +156,15 @@ class Dataset:
 
     @torch.no_grad()
     @one_thread()
-    def evaluate(self, policy, episodes, seed, seeds=1, rewards=False):
+    def evaluate(self, policy, episodes, seed, seeds=1, rewards=False, gamma=1.0):
         """Returns of `episodes` episodes, (episodes,) float64; of several agents, (seeds, episodes). None where the
         task has no environment.
 
         `policy` maps normalized obs (episodes, O) to act (episodes, A); of several agents, with leading axis (seeds,).
         The episodes of all agents run side by side with one policy call a step. The same seed gives the same start
         states, so that two evaluations of a run differ by the policy alone; agent k's are those of seed + k. With
-        `rewards`, the policy is also given the reward (episodes,) of the step before, 0 at first.
+        `rewards`, the policy is also given the reward (episodes,) of the step before, 0 at first. gamma: the returns'
+        discount.
         """
         shape = (episodes,) if seeds == 1 else (seeds, episodes)
         if not self.task.evaluable:
@@ -173,7 +174,7 @@ class Dataset:
             self._envs = n, make_envs(self.task, n)
         envs = self._envs[1]
         obs = envs.reset(np.add.outer(1000 * (seed + np.arange(seeds)), np.arange(episodes)).ravel())
-        rew, returns, running = np.zeros(n), np.zeros(n), np.ones(n, bool)
+        rew, returns, running, discount = np.zeros(n), np.zeros(n), np.ones(n, bool), 1.0
         while running.any():
             x = torch.as_tensor(obs, dtype=torch.float32, device=self.rows.device)
             x = ((x - self.obs_mean) / self.obs_std).view(*shape, self.obs_dim)
@@ -185,7 +186,8 @@ class Dataset:
                 raise UserError("The policy returns actions that are not finite; the run has diverged.")
             obs, rew, terminated, truncated = envs.step(act)
             self.check_env(obs, rew)
-            returns += rew
+            returns += discount * rew
+            discount *= gamma
             running &= ~(terminated | truncated)
         return returns.reshape(shape)
 

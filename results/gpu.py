@@ -32,7 +32,7 @@ from datasets import UserError, find_task, write_whole
 from datasets.collect import collected_file, fingerprint, plan
 from datasets.processes import cores
 from results import bench, reproduce
-from tests.scripts import SCRIPTS
+from tests.scripts import TRAINED
 
 PARTS = ("tests", "bench", "cells")
 SHARES = {"tests": 0.25, "bench": 0.65, "cells": 1.0}  # of the minutes, when a part must have ended
@@ -102,7 +102,7 @@ def test(args, out, deadline):
 
 def measure(args, out, deadline):
     """Every script, as soon as its data are there."""
-    waiting, entries = list(SCRIPTS), []
+    waiting, entries = list(TRAINED), []
     print(bench.HEAD)
     while waiting and (left := deadline - time.monotonic()) > 5:
         script = next((one for one in waiting if at_hand(TRAINED_ON.get(one, "halfcheetah-medium"))), None)

@@ -26,11 +26,11 @@ sys.path.insert(0, str(ROOT))
 from datasets import UserError, load, write_whole
 from datasets.processes import cores
 from results.run import code_version
-from tests.scripts import SCRIPTS
+from tests.scripts import TRAINED
 
 RECORDS = ROOT / "results" / "runs"
 # All scripts but those that act while they learn, in reading order, and 10% BC.
-ALGOS = {name: [name] for name, script in SCRIPTS.items() if not script.acts}
+ALGOS = {name: [name] for name, script in TRAINED.items() if not script.acts}
 ALGOS["10bc"] = ["bc", "--top-fraction", "0.1"]
 BODIES, QUALITIES = ("halfcheetah", "hopper", "walker2d"), ("medium", "medium-replay", "medium-expert")
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 class Script:
     family: str  # one of FAMILIES
     lines: int  # at most, its docstring included
+    agent: bool = (
+        True  # it trains one; else tables of scores, bench and grid leave it out, and all its tests are its own
+    )
     acts: bool = False  # while it learns: then its --steps are the environment's, and a seed is a process
     quick: dict = field(default_factory=dict)  # arguments that spare tests time, and use more of the code
 
@@ -33,4 +36,9 @@ SCRIPTS = {
     "sql": Script("in-sample", 215),
     "mopo": Script("model-based", 374, quick={"rollouts": 40, "rollout_every": 5, "keep": 2, "model_updates": 20}),
     "dt": Script("sequence", 280, quick={"context": 5}),
+    "fqe": Script("evaluation", 190, agent=False),
+    "importance_sampling": Script("evaluation", 200, agent=False),
+    "doubly_robust": Script("evaluation", 230, agent=False),
 }
+# Those with an Actor, a Run and its records: what can be resumed, evaluated, timed.
+TRAINED = {name: script for name, script in SCRIPTS.items() if script.agent}

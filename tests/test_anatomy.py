@@ -9,13 +9,13 @@ from functools import cache
 import pytest
 from conftest import ROOT
 
-from tests.scripts import FAMILIES, SCRIPTS
+from tests.scripts import FAMILIES, SCRIPTS, TRAINED
 
 PATHS = sorted((ROOT / "algorithms").glob("*.py"))
 SOURCES = {path.stem: path.read_text() for path in PATHS}
 TUNED = tuple(name for name in SOURCES if "\nTUNED = {" in SOURCES[name])
 LIFTED = tuple(name for name in SOURCES if "def lift(" in SOURCES[name])
-ALLOWED = {"datasets", "results.run"}  # what a script may import from this repository
+ALLOWED = {"datasets", "results.run", "results.policies"}  # what a script may import from this repository
 
 
 @cache
@@ -31,7 +31,7 @@ def pieces(name):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_order(name):
-    """Docstring, imports, Args, TUNED where there is one, networks, policy, losses, train, main."""
+    """Docstring, imports, Args, TUNED where there is one, networks, policy and losses of an agent, train, main."""
     source = SOURCES[name]
     marks = [
         '"""',
@@ -40,12 +40,9 @@ def test_order(name):
         "\n@dataclass\nclass Args",
     ]
     marks += ["\nTUNED = {"] if name in TUNED else []
-    marks += [
-        "\nclass Actor(",
-        "\ndef policy(",
-        "\ndef losses(" if "\ndef losses(" in source else "_loss(",
-        "\ndef train(args):",
-    ]
+    if name not in SCRIPTS or SCRIPTS[name].agent:
+        marks += ["\nclass Actor(", "\ndef policy(", "\ndef losses(" if "\ndef losses(" in source else "_loss("]
+    marks += ["\ndef train(args):"]
     marks += ['\nif __name__ == "__main__":\n    train(tyro.cli(Args))\n']
     places = [source.find(mark) for mark in marks]
     assert -1 not in places and places == sorted(places)
@@ -165,8 +162,11 @@ def test_same_text():
     ):
         texts = {re.sub(r" = [^#]*", "", args[field]) for args in fields if field in args}  # type and comment
         assert len({text for text in texts if "None" not in text}) == 1, (field, texts)  # None: TUNED has it
-    remember = [name for name in LIFTED if "\nclass Rollout" in SOURCES[name]]  # their policies are given rewards, too
-    assert len({SOURCES[name].split("        if run.due(step):\n")[1] for name in LIFTED if name not in remember}) == 1
+    alike = [name for name in LIFTED if name in TRAINED]
+    alike = [name for name in alike if "\nclass Rollout" not in SOURCES[name]]  # which are given rewards, too
+    assert len({SOURCES[name].split("        if run.due(step):\n")[1] for name in alike}) == 1
+    for name in ("pad", "log_weights", "estimate", "interval", "Behaviour", "estimated"):
+        assert pieces("importance_sampling")[name] == pieces("doubly_robust")[name], name
 
 
 @pytest.mark.parametrize("elder, younger, most", [("sac_n", "edac", 30), ("iql", "xql", 40), ("iql", "sql", 40)])

@@ -15,7 +15,7 @@ from algorithms import bc
 from datasets import UserError, collect, find_task
 from results import reproduce, run
 from results.reproduce import Args, Job, find_jobs
-from tests.scripts import SCRIPTS
+from tests.scripts import TRAINED
 
 GRID = ["--algos", "bc", "--envs", "stitch-gap"]
 TIMES = ("seconds", "eval_seconds", "memory_mb")
@@ -118,7 +118,7 @@ def test_one_that_fails_does_not_stop_the_others(project, monkeypatch):
 
 def test_find_jobs_of_every_script():
     """Whatever learns from data alone can be asked for, without a list of its own."""
-    assert {words[0] for words in reproduce.ALGOS.values()} == {name for name in SCRIPTS if not SCRIPTS[name].acts}
+    assert {words[0] for words in reproduce.ALGOS.values()} == {name for name in TRAINED if not TRAINED[name].acts}
     assert "mopo" in reproduce.ALGOS and "sac" not in reproduce.ALGOS
     assert reproduce.ALGOS["10bc"] == ["bc", "--top-fraction", "0.1"]
 
