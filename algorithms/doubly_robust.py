@@ -121,20 +121,24 @@ def fit_q(state, act, rew, next_state, done, pi, gamma):
     return expected(rew + gamma * ~done * v[next_state])
 
 
-def cross_fitted(data, policy, gamma):
-    """Q (N,) and V (N,) of obs and of next_obs (N,), of each episode by the transitions of every other one."""
-    columns = [column.cpu().numpy() for column in data.split(data.rows)]
-    obs, act, rew, next_obs, done = columns[0], columns[1].ravel().astype(int), *columns[2:4], columns[4] > 0
-    seen, state = np.unique(np.concatenate([obs, next_obs]), axis=0, return_inverse=True)
-    state, next_state = state.ravel().reshape(2, -1)
-    pi = policy.probs(torch.as_tensor(seen)).double().numpy()
-    half = np.arange(len(data.ends)).repeat(np.diff(data.ends, prepend=0)) % 2  # (N,)
-    q, v, next_v = np.zeros((3, len(act)))
+def cross_fitted(state, act, rew, next_state, done, ends, pi, gamma):
+    """Q of (state, act), V of state and V of next_state, (3, N): of each episode by what every other episode counts."""
+    half = np.arange(len(ends)).repeat(np.diff(ends, prepend=0)) % 2  # (N,)
+    values = np.zeros((3, len(state)))
     for own, other in ((half == 0, half == 1), (half == 1, half == 0)):
-        table = fit_q(*(x[other] for x in (state, act, rew, next_state, done)), pi, gamma)
-        values = (pi * table).sum(1)
-        q[own], v[own], next_v[own] = table[state, act][own], values[state[own]], values[next_state[own]]
-    return q, v, next_v
+        q = fit_q(*(column[other] for column in (state, act, rew, next_state, done)), pi, gamma)
+        v = (pi * q).sum(1)
+        values[:, own] = q[state, act][own], v[state[own]], v[next_state[own]]
+    return values
+
+
+def from_counts(data, policy, gamma):
+    """The same of a Dataset, whose different observations are the states."""
+    obs, act, rew, next_obs, done = (column.cpu().numpy() for column in data.split(data.rows))
+    seen, state = np.unique(np.concatenate([obs, next_obs]), axis=0, return_inverse=True)
+    pi = policy.probs(torch.as_tensor(seen)).double().numpy()
+    state, next_state = state.reshape(2, -1)
+    return cross_fitted(state, act.ravel().astype(int), rew, next_state, done > 0, data.ends, pi, gamma)
 
 
 @torch.no_grad()
@@ -198,7 +202,7 @@ def train(args):
     data = load(args.env, args.source, discrete=None)
     if data.n_actions:
         policies = load_policies(args.policies, data)
-        fits = [lambda policy=policy: cross_fitted(data, policy, args.gamma) for policy in policies]
+        fits = [lambda policy=policy: from_counts(data, policy, args.gamma) for policy in policies]
     elif args.critic:
         policies, critics = load_critics(args.critic, data)
         fits = [lambda two=two: from_critic(data, *two, args.samples) for two in zip(policies, critics)]

@@ -7,7 +7,7 @@ import torch
 from test_importance_sampling import FOUND, logs, printed
 
 from algorithms import doubly_robust
-from algorithms.doubly_robust import Args, cross_fitted, estimators, fit_q, from_critic, pad, train, with_tail
+from algorithms.doubly_robust import Args, estimators, fit_q, from_counts, from_critic, pad, train, with_tail
 from datasets import Dataset, Task, UserError
 from results.policies import Discrete
 
@@ -148,7 +148,7 @@ def test_cross_fitted():
     data, policy = dataset(40), Discrete("pi", lambda obs: obs @ torch.tensor(chain.PI, dtype=torch.float32))
     *columns, ends = transitions(40)
     state, act, _, next_state, _ = columns
-    q, v, next_v = cross_fitted(data, policy, 0.9)
+    q, v, next_v = from_counts(data, policy, 0.9)
     parity = np.repeat(np.arange(40), np.diff(ends, prepend=0)) % 2
     for half in (0, 1):
         table = fit_q(*(x[parity != half] for x in columns), chain.PI, 0.9)
@@ -187,7 +187,7 @@ def test_train(cut, monkeypatch, tmp_path, capsys):
     rows = printed(capsys)
     state, act, rew, next_state, done, ends = transitions(50)
     policy = Discrete("pi", lambda obs: obs @ torch.tensor(chain.PI, dtype=torch.float32))
-    q, v, next_v = cross_fitted(dataset(50, cut), policy, 0.9)
+    q, v, next_v = from_counts(dataset(50, cut), policy, 0.9)
     with np.errstate(divide="ignore"):
         log_ratio = np.log(chain.PI[state, act]) - np.log(chain.B[state, act])
     log_w = np.minimum(pad(log_ratio, ends).cumsum(1), np.log(20))
