@@ -76,8 +76,8 @@ def estimators_of(logs, pi, b, wrong_q=None, truncate=np.inf, with_model=True):
 
 
 def repeated(number, pi, truth, b=None, horizon=None, with_intervals=False, **words):
-    """Of LOGS logs: each estimator's bias, deviation, mean squared error, and share of intervals that hold the truth; the
-    median effective sample size."""
+    """Of LOGS logs: each estimator's bias, deviation, mean squared error, share of intervals that hold the truth;
+    the median effective sample size."""
     estimates, held, sizes, rng = {}, {}, [], np.random.default_rng(0)
     for seed in range(LOGS):
         logs = icu_sepsis.trajectories(behaviour(), number, seed)
