@@ -136,7 +136,8 @@ def from_counts(data, policy, gamma):
     """The same of a Dataset, whose different observations are the states."""
     obs, act, rew, next_obs, done = (column.cpu().numpy() for column in data.split(data.rows))
     seen, state = np.unique(np.concatenate([obs, next_obs]), axis=0, return_inverse=True)
-    pi = policy.probs(torch.as_tensor(seen)).double().numpy()
+    seen = torch.as_tensor(seen)  # in a Dataset with frames, which are looked up, their numbers
+    pi = policy.probs(seen if data.frames is None else data.look_up(seen)).double().numpy()
     state, next_state = state.reshape(2, -1)
     return cross_fitted(state, act.ravel().astype(int), rew, next_state, done > 0, data.ends, pi, gamma)
 
@@ -145,7 +146,7 @@ def from_counts(data, policy, gamma):
 def from_critic(data, policy, q_function, samples):
     """The same by a critic, V as a mean over so many actions."""
     blocks, v = [], lambda obs: sum(q_function(obs, policy.act(obs)) for _ in range(samples)) / samples
-    for batch in map(data.split, data.rows.split(10_000)):
+    for batch in map(data.batch, data.rows.split(10_000)):
         blocks.append(torch.stack([q_function(batch.obs, batch.act), v(batch.obs), v(batch.next_obs)]))
     return torch.cat(blocks, 1).double().cpu().numpy()
 

@@ -88,11 +88,9 @@ def value_bounds(rew, gamma):
 
 def discounted_returns(data, gamma):
     """Of each episode, (E,) float64."""
-    start, returns, rew = 0, [], data.rew.cpu().double().numpy()
-    for end in data.ends:
-        returns.append(gamma ** np.arange(end - start) @ rew[start:end])
-        start = end
-    return np.array(returns)
+    starts = np.concatenate([[0], data.ends[:-1]])
+    time = np.arange(len(data)) - starts.repeat(data.ends - starts)
+    return np.add.reduceat(gamma**time * data.rew.cpu().double().numpy(), starts)
 
 
 def stack(nets):
@@ -120,6 +118,8 @@ def train(args):
     run = Run(__file__, args, agents=S)
     data = load(args.env, args.source, run.device, args.eval_env, None)  # discrete actions or continuous ones
     policies = load_policies(args.policies, data, args.std)
+    if args.truth:
+        data.task.make_env()  # an error comes now or never
     if not 0 < args.share <= 1:
         raise UserError(f"--share must lie in (0, 1], not {args.share}.")
     if args.share < 1:
@@ -128,7 +128,8 @@ def train(args):
     largest = np.abs(discounted_returns(data, args.gamma)).max()
     scale = torch.tensor(max(largest, 1e-6), dtype=data.rew.dtype, device=run.device)
     data.rew /= scale  # so that Q is of the order of 1
-    data.normalize_obs()
+    if not data.n_actions:  # of states and frames nothing is measured in other units
+        data.normalize_obs()
     bounds = value_bounds(data.rew, args.gamma)
 
     O, A = data.obs_dim, data.n_actions or data.act_dim
@@ -137,19 +138,25 @@ def train(args):
     opt = torch.optim.AdamW(critic.parameters(), args.lr, weight_decay=args.weight_decay, fused=True, capturable=True)
     critic_losses = lift(S, partial(critic_loss, args, bounds), critic, critic_target)
     values = lift(S, lambda obs, act, critic_target: critic_target(obs, act), critic_target)
-    starts = data.obs[np.concatenate([[0], data.ends[:-1]])]  # (E, O)
+    starts = data.batch(data.rows[np.concatenate([[0], data.ends[:-1]])]).obs  # (E, O)
 
     @torch.no_grad()
-    def act(obs):
-        """The policies' actions: normalized obs (B, O), or of several policies (S, B, O) -> (B, A) or (S, B, A)."""
-        each = [obs] if S == 1 else obs
-        acts = [pi.act(own * data.obs_std + data.obs_mean, args.noise) for pi, own in zip(policies, each)]
-        return acts[0] if S == 1 else torch.stack(acts)
+    def chosen(obs, choose):
+        """By each policy: normalized obs (B, O), or of several policies (S, B, O) -> (B, A), or (S, B, A)."""
+        obs = obs * data.obs_std + data.obs_mean
+        return choose(policies[0], obs) if S == 1 else torch.stack([choose(*both) for both in zip(policies, obs)])
+
+    act = partial(chosen, choose=lambda pi, obs: pi.act(obs, args.noise))
+
+    def play(obs):
+        if data.task.family == "icu":  # whose environment computes the value of probabilities
+            return chosen(obs, lambda pi, obs: pi.probs(obs))
+        return act(obs).argmax(-1) if data.n_actions else act(obs)
 
     def update():
         batch = data.sample(args.batch_size, S)
         if data.n_actions:
-            batch = batch._replace(act=F.one_hot(batch.act.long().view(batch.rew.shape), A).to(batch.obs))
+            batch = batch._replace(act=F.one_hot(batch.act, A).to(batch.obs))
         loss = critic_losses(batch, act(batch.next_obs))  # (), or (S,)
         opt.zero_grad()
         loss.sum().backward()
@@ -170,16 +177,15 @@ def train(args):
         if run.due(step):
             run.report(step, None, estimate=torch.from_numpy(estimates().mean(1)))
 
-    starting, rng = estimates(), np.random.default_rng(args.seed)
-    truth = data.evaluate(act, args.truth, args.seed, S, gamma=args.gamma) if args.truth else None
-    for k, (policy, own) in enumerate(zip(policies, starting)):
-        means = own[rng.integers(len(own), size=(1000, len(own)))].mean(1)
-        low, high = np.quantile(means, (0.025, 0.975))
-        text = f"{policy.name}: {own.mean():.4g}, 95 % interval {low:.4g} to {high:.4g}"
-        if truth is not None:
-            each = np.atleast_2d(truth)[k]
-            text += f"; in the environment {each.mean():.4g} ± {each.std() / np.sqrt(len(each)):.2g}"
-        print(text)
+    rng = np.random.default_rng(args.seed)
+    for policy, own in zip(policies, estimates()):
+        low, high = np.quantile(own[rng.integers(len(own), size=(1000, len(own)))].mean(1), (0.025, 0.975))
+        print(f"{policy.name}: {own.mean():.4g}, 95 % interval {low:.4g} to {high:.4g}")
+    if args.truth:
+        for policy, own in zip(
+            policies, np.atleast_2d(data.evaluate(play, args.truth, args.seed, S, gamma=args.gamma))
+        ):
+            print(f"{policy.name} in the environment: {own.mean():.4g} ± {own.std() / np.sqrt(len(own)):.2g}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import farama_notifications
 farama_notifications.notifications.pop("gymnasium_robotics", None)
 
 from datasets.action_log import ActionLog
-from datasets.catalog import BODIES, TASKS, Task, UserError, find_task
+from datasets.catalog import BODIES, GAMES, TASKS, Task, UserError, find_task
 from datasets.dataset import Batch, Dataset, SarsaBatch
 from datasets.loading import load
 from datasets.store import write_whole
@@ -17,6 +17,7 @@ from datasets.vector_env import Envs
 
 __all__ = [
     "BODIES",
+    "GAMES",
     "TASKS",
     "ActionLog",
     "Batch",

@@ -9,6 +9,7 @@ class ActionLog:
     simulator's state, so that another processor's rounding cannot drift far.
 
     act: (N, A) int8, 127 times the action. sim: (qpos, qvel) float64, a row each. episodes: (E, 3) float64.
+    Of discrete actions act (N,) holds the indices and sim nothing: seeds and actions repeat those games to the bit.
     """
 
     def __init__(self):
@@ -26,8 +27,17 @@ class ActionLog:
         self.act.append((127 * act).round().char().numpy())
         return (127 * act).round() / 127
 
+    def took(self, act):
+        """The discrete action with this index."""
+        self.episodes[-1][1] += 1
+        self.act.append(np.int8(act))
+
     def earn(self, rew):
         self.episodes[-1][2] += rew
+
+    def write(self, path):
+        """Keeps a log of discrete actions as a small file, from which datasets/collect_discrete.py plays the games."""
+        np.savez_compressed(path, act=np.array(self.act, np.uint8), episodes=np.array(self.episodes))
 
     def state_dict(self):
         return {name: torch.from_numpy(np.array(rows)) for name, rows in vars(self).items()}

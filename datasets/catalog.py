@@ -18,7 +18,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.wrappers import FilterObservation, FlattenObservation, RescaleAction, TransformAction
 
 from datasets.errors import UserError
-from datasets.tasks import mazes
+from datasets.tasks import icu_sepsis, mazes, minatar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,11 @@ class Task:
     d4rl_file: str = ""  # of D4RL's data, relative to its server
     rew_shift: float = 0.0  # what papers add to the rewards of the data (AntMaze: -1), as scripts do; scores do not
     refusal: str = ""  # why a policy for these data cannot be evaluated here
+    obs_shape: tuple = ()  # of pixels, (channels, height, width), which observations hold in a row; (): no pixels
 
     def __post_init__(self):
         object.__setattr__(self, "obs_keys", tuple(self.obs_keys))  # JSON, in which files keep a task, has lists
+        object.__setattr__(self, "obs_shape", tuple(self.obs_shape))
         # Checkpoints and files older than the folder tasks/ name its modules without it.
         object.__setattr__(self, "env_id", re.sub(r"^datasets\.(mazes|d4rl_envs):", r"datasets.tasks.\1:", self.env_id))
 
@@ -157,7 +159,54 @@ def maze_tasks():
     return tasks
 
 
-TASKS = d4rl_tasks() | maze_tasks()
+def icu_tasks():
+    """ICU-Sepsis by who acts in the data, seen as one-hot states or as the 47 features. 0 is uniform, 100 optimal."""
+    tasks = {}
+    for kind, ending, O in (("one-hot", "", icu_sepsis.S), ("features", "-features", 47)):
+        for who in icu_sepsis.BEHAVIOURS:
+            name = f"icu-sepsis-{who}{ending}"
+            tasks[name] = Task(
+                name,
+                "datasets.tasks.icu_sepsis:ICUSepsis-v0",
+                ref_min=0.7800709,
+                ref_max=0.8751417,
+                max_episode_steps=icu_sepsis.MAX_STEPS,
+                env_args={"kind": kind},
+                obs_dim=O,
+                act_dim=1,
+            )
+    return tasks
+
+
+def games():
+    """What dqn.py plays, by name: CartPole, and MinAtar with the actions that matter in each game."""
+    tasks = {"cartpole": Task("cartpole", "CartPole-v1", 22.0, 500.0, max_episode_steps=500, obs_dim=4, act_dim=1)}
+    for game, channels in minatar.CHANNELS.items():
+        name = f"minatar-{game}"
+        tasks[name] = Task(
+            name,
+            "datasets.tasks.minatar:MinAtar-v0",
+            max_episode_steps=minatar.MAX_STEPS,
+            env_args={"game": game},
+            obs_dim=channels * 100,
+            act_dim=1,
+            obs_shape=(channels, 10, 10),
+        )
+    return tasks
+
+
+def game_tasks():
+    """The data of games: what dqn.py's training played, and two of its snapshots."""
+    tasks = {"cartpole-replay": dataclasses.replace(GAMES["cartpole"], name="cartpole-replay")}
+    for game, (low, high) in minatar.REFERENCES.items():
+        for quality in ("medium", "replay", "expert"):
+            name = f"minatar-{game}-{quality}"
+            tasks[name] = dataclasses.replace(GAMES[f"minatar-{game}"], name=name, ref_min=low, ref_max=high)
+    return tasks
+
+
+GAMES = games()
+TASKS = d4rl_tasks() | maze_tasks() | icu_tasks() | game_tasks()
 BODIES = {  # the environments themselves, for algorithms that learn online
     body: dataclasses.replace(TASKS[f"{body}-medium"], name=body, d4rl_file="")
     for body in ("halfcheetah", "hopper", "walker2d")

@@ -3,6 +3,7 @@
 D4RL's protocol for locomotion: actions are sampled from SAC policies, "random" is an untrained one, "medium" one
 stopped early, "expert" one trained to the end, "medium-expert" both; for "medium-replay", which in D4RL is the replay
 buffer of the medium policy's training, snapshots along that training act. Sizes are D4RL's. Mazes: tasks/mazes.py.
+Discrete actions: collect_discrete.py.
 
 Usage: python datasets/collect.py --env halfcheetah-medium
        python datasets/collect.py --all
@@ -29,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from datasets import collect_discrete
 from datasets.catalog import UserError, find_task
 from datasets.dataset import Dataset
 from datasets.processes import cores, end_with
@@ -41,7 +43,7 @@ SHARD = 20_000  # transitions that one job collects; fixed, so that the data do 
 ENVS = 10  # environments that one job steps together, with one call of the policy
 QUALITIES = ("random", "medium", "medium-replay", "medium-expert", "expert")
 COLLECTED = [f"{body}-{quality}" for body in ("halfcheetah", "hopper", "walker2d") for quality in QUALITIES]
-COLLECTED += list(mazes.MAPS)
+COLLECTED += [*mazes.MAPS, *collect_discrete.SIZES]
 REPLAY_SIZES = {"halfcheetah": 202_000, "hopper": 402_000, "walker2d": 302_000}
 
 
@@ -70,13 +72,15 @@ def collected_file(task):
 def plan(task, transitions=0):
     """What to collect: a list of jobs (policy file, transitions, seed). UserError if a policy does not exist.
 
-    In mazes a controller acts, and the file is None.
+    In mazes a controller acts, and the file is None; in ICU-Sepsis a table does, and it is a name.
     """
     if task.name not in COLLECTED:
         raise UserError(f"{task.name} cannot be collected here, only {', '.join(COLLECTED)}.")
     if task.name in mazes.MAPS:
         total = transitions or mazes.SIZES[task.name]
         return [(None, size, seed) for seed, size in enumerate(spread(total, -(-total // SHARD)))]
+    if task.name in collect_discrete.SIZES:
+        return collect_discrete.plan(task, transitions)
     body, quality = task.name.split("-", 1)
     table = tomllib.loads((POLICIES / "policies.toml").read_text())
     jobs = []
@@ -117,9 +121,12 @@ def fingerprint(task, jobs):
     if task.name in mazes.MAPS:
         controller = mazes.NOISE, mazes.NEAR, mazes.STAY, mazes.TRIPS.get(task.name)
         as_collected = dataclasses.asdict(task) | {"env_id": env_id, "rew_shift": 0.0}  # scripts shift, not the data
+        del as_collected["obs_shape"]  # younger than the records' data
         digest.update(json.dumps([controller, as_collected]).encode())
     for file, size, seed in jobs:
-        digest.update(f"{size} {seed}".encode() + (file.read_bytes() if file else b""))
+        digest.update(
+            f"{size} {seed}".encode() + (file.read_bytes() if isinstance(file, Path) else (file or "").encode())
+        )
     return digest.hexdigest()[:12]
 
 
@@ -183,6 +190,8 @@ def rollout(task, file, transitions, seed):
 def collect(task, path, transitions=0):
     """Collects `task` into the HDF5 file `path`, in D4RL's layout. The file appears when it is whole, or not at all."""
     jobs, tables = plan(task, transitions), []
+    if task.name in collect_discrete.SIZES:  # a matter of seconds
+        return write_hdf5(path, collect_discrete.collect(task, jobs, fingerprint(task, jobs)))
     context, count = multiprocessing.get_context("spawn"), min(len(jobs), cores())
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for the workers' NumPy, whose matrices are small
     workers = ProcessPoolExecutor(count, context, initializer=end_with, initargs=(os.getpid(),))

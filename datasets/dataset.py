@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from datasets.catalog import UserError
+from datasets.tasks import icu_sepsis
 from datasets.vector_env import make_envs
 
 
@@ -23,7 +24,7 @@ def one_thread():
 
 class Batch(NamedTuple):
     obs: torch.Tensor  # (B, O)
-    act: torch.Tensor  # (B, A), in [-1, 1]
+    act: torch.Tensor  # (B, A), in [-1, 1]; of discrete actions the index, (B,) int64
     rew: torch.Tensor  # (B,)
     next_obs: torch.Tensor  # (B, O)
     done: torch.Tensor  # (B,), 1 where the episode terminated; a time-out is not a termination
@@ -45,14 +46,17 @@ class Dataset:
 
     Columns are views of the table (`data.rew *= 0.1` changes the data): obs (N, O), act (N, A), rew (N,),
     next_obs (N, O), done (N,). `ends` (E,) holds, for each episode, the index after its last row.
-    With discrete actions `n_actions` is their number, else 0; `act` then holds one index, (N, 1).
+    With discrete actions `n_actions` is their number, else 0; `act` then holds one index, (N, 1), which batches give
+    as (B,) int64. Where observations recur, as states do, or frames, which are one row's next_obs and the next row's
+    obs, `frames` (F, O) holds each once, in their own type; obs and next_obs then are its rows' numbers, (N, 1), which
+    batches look up.
     `obs_mean` and `obs_std` (O,) are what `normalize_obs` applied, 0 and 1 before; whoever acts applies them too.
     """
 
-    def __init__(self, task, source, fingerprint, rows, ends, obs_dim, act_dim, n_actions=0):
+    def __init__(self, task, source, fingerprint, rows, ends, obs_dim, act_dim, n_actions=0, frames=None):
         self.task, self.source, self.fingerprint = task, source, fingerprint
         self.rows, self.ends, self.obs_dim, self.act_dim = rows, np.asarray(ends), obs_dim, act_dim
-        self.size, self.n_actions = len(rows), n_actions
+        self.size, self.n_actions, self.frames = len(rows), n_actions, frames
         self.obs_mean = torch.zeros(obs_dim, device=rows.device)
         self.obs_std = torch.ones(obs_dim, device=rows.device)
         self._envs = None  # (how many, environments) of the last evaluation
@@ -61,31 +65,52 @@ class Dataset:
     def buffer(cls, task, capacity, device="cpu"):
         """An empty replay buffer of an online run; once it is full, `add` replaces the oldest transition."""
         env = task.make_env()
-        O, A = env.observation_space.shape[0], env.action_space.shape[0]
-        data = cls(task, "online", "", torch.zeros(capacity, 2 * O + A + 2, device=device), [], O, A)
+        O, n_actions = env.observation_space.shape[0], int(getattr(env.action_space, "n", 0))
+        A = 1 if n_actions else env.action_space.shape[0]
+        data = cls(task, "online", "", torch.zeros(0, device=device), [], O, A, n_actions)
+        if task.obs_shape:  # each transition's two frames, one after the other
+            data.frames = torch.zeros(2 * capacity, O, dtype=torch.uint8, device=device)
+        data.rows = torch.zeros(capacity, 2 * data.width + A + 2, device=device)
         data.size = data.added = 0
         return data
 
     def add(self, obs, act, rew, next_obs, done):
         self.check_env(next_obs, rew)
-        row = np.concatenate([obs, act, [rew], next_obs, [done]])
-        self.rows[self.added % len(self.rows)] = torch.as_tensor(row, dtype=torch.float32)
+        i = self.added % len(self.rows)
+        if self.frames is not None:
+            self.frames[2 * i : 2 * i + 2] = torch.as_tensor(np.stack([obs, next_obs]))
+            obs, next_obs = [2 * i], [2 * i + 1]
+        row = np.concatenate([obs, np.atleast_1d(act), [rew], next_obs, [done]])
+        self.rows[i] = torch.as_tensor(row, dtype=torch.float32)
         self.added += 1
         self.size = min(self.added, len(self.rows))
 
     def state_dict(self):
-        return {"rows": self.rows[: self.size].clone(), "added": self.added}  # torch saves all that a view is of
+        state = {"rows": self.rows[: self.size].clone(), "added": self.added}  # torch saves all that a view is of
+        return state if self.frames is None else state | {"frames": self.frames[: 2 * self.size].clone()}
 
     def load_state_dict(self, state):
         self.added, self.size = state["added"], len(state["rows"])
         self.rows[: self.size] = state["rows"]
+        if self.frames is not None:
+            self.frames[: 2 * self.size] = state["frames"]
 
     def __len__(self):
         return self.size
 
+    @property
+    def obs_shape(self):
+        """What an observation is for a network: (O,), or (channels, height, width) of pixels."""
+        return self.task.obs_shape or (self.obs_dim,)
+
+    @property
+    def width(self):
+        """Of obs and of next_obs in a row."""
+        return self.obs_dim if self.frames is None else 1
+
     def split(self, rows):
         """The columns of a block of rows, as views: a Batch, after `add_next_act` a SarsaBatch."""
-        O, A = self.obs_dim, self.act_dim
+        O, A = self.width, self.act_dim
         more = [A] if rows.shape[-1] > 2 * O + A + 2 else []
         obs, act, rew, next_obs, done, *more = rows.split([O, A, 1, O, 1, *more], dim=-1)
         return (SarsaBatch if more else Batch)(obs, act, rew.squeeze(-1), next_obs, done.squeeze(-1), *more)
@@ -107,7 +132,18 @@ class Dataset:
         """A Batch drawn uniformly with replacement, indices drawn on the device; one for each of several agents,
         with a leading axis (seeds,)."""
         shape = (batch_size,) if seeds == 1 else (seeds, batch_size)
-        return self.split(self.rows[torch.randint(self.size, shape, device=self.rows.device)])
+        return self.batch(self.rows[torch.randint(self.size, shape, device=self.rows.device)])
+
+    def batch(self, rows):
+        """The columns of a block of rows as losses take them: observations looked up, discrete actions as indices."""
+        batch = self.split(rows)
+        if self.frames is not None:
+            batch = batch._replace(obs=self.look_up(batch.obs), next_obs=self.look_up(batch.next_obs))
+        return batch._replace(act=batch.act.squeeze(-1).long()) if self.n_actions else batch
+
+    def look_up(self, numbers):
+        """Observations (..., O) by their rows' numbers in `frames`, (..., 1)."""
+        return self.frames[numbers.squeeze(-1).long()].to(self.rows.dtype)
 
     def returns(self):
         """Undiscounted return of each episode, (E,) float64."""
@@ -164,11 +200,19 @@ class Dataset:
         The episodes of all agents run side by side with one policy call a step. The same seed gives the same start
         states, so that two evaluations of a run differ by the policy alone; agent k's are those of seed + k. With
         `rewards`, the policy is also given the reward (episodes,) of the step before, 0 at first. gamma: the returns'
-        discount.
+        discount. Discrete actions are indices, (episodes,). Of ICU-Sepsis each return is the policy's exact value:
+        nothing is sampled, and the policy may give probabilities (states, actions) instead.
         """
         shape = (episodes,) if seeds == 1 else (seeds, episodes)
         if not self.task.evaluable:
             return None
+        if self.task.family == "icu":
+            obs = torch.as_tensor(icu_sepsis.observe(np.arange(icu_sepsis.S), **self.task.env_args)).to(self.rows)
+            act = policy(obs.expand(*shape[:-1], *obs.shape))
+            table = act if act.is_floating_point() else torch.nn.functional.one_hot(act, self.n_actions)
+            tables = table.view(-1, *table.shape[-2:]).double().cpu().numpy()
+            values = [icu_sepsis.value(own, gamma) for own in tables]
+            return np.repeat(values, episodes).reshape(shape)
         n = episodes * seeds
         if self._envs is None or self._envs[0] != n:
             self._envs = n, make_envs(self.task, n)

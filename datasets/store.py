@@ -1,6 +1,7 @@
 """The flat files in which transitions are kept: HDF5 in D4RL's layout.
 
 One array a key: observations (N, O), actions (N, A), rewards, terminals, timeouts (N,), next_observations (N, O).
+Where there are `frames` (F, O), both observations are numbers (N, 1) of its rows.
 Files written here hold their task, source and fingerprint in attributes.
 """
 
@@ -78,6 +79,8 @@ def write_hdf5(path, data, origin=""):
         file.attrs.update(fingerprint=data.fingerprint, n_actions=data.n_actions)
         for key, column in zip(("observations", "actions", "rewards", "next_observations"), columns):
             file[key] = column
+        if data.frames is not None:
+            file["frames"] = data.frames.numpy()
         file["terminals"], file["timeouts"] = done, timeouts
     write_whole(path, image.getbuffer())
 
@@ -102,12 +105,14 @@ def read_hdf5(path, device="cpu", eval_env=""):
                     rows[block, end - width : end] = column[block].reshape(-1, width)
             ends = np.flatnonzero(file["terminals"][:] | file["timeouts"][:]) + 1
             source, fingerprint, n_actions = (file.attrs[key] for key in ("source", "fingerprint", "n_actions"))
+            frames = torch.from_numpy(file["frames"][:]).to(device) if "frames" in file else None
     except FileNotFoundError:
         raise UserError(f"There is no file {path}.") from None
     except (OSError, KeyError, ValueError, IndexError, TypeError) as error:
         raise UserError(f"{path} is damaged or not a dataset ({str(error).splitlines()[0]}).") from None
     rows = torch.from_numpy(rows).to(device)
-    return Dataset(task, source, fingerprint, rows, ends, widths[0], widths[1], int(n_actions))
+    O = widths[0] if frames is None else frames.shape[1]
+    return Dataset(task, source, fingerprint, rows, ends, O, widths[1], int(n_actions), frames)
 
 
 def _own_file(path, device, eval_env):

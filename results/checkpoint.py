@@ -1,6 +1,7 @@
 """Reads a checkpoint that `Run` saved: as it is, or as the agent that acts."""
 
 import importlib
+from functools import partial
 
 import torch
 
@@ -25,10 +26,16 @@ def load_agent(path, device="cpu"):
     data.obs_mean, data.obs_std = saved["obs_mean"], saved["obs_std"]
     script = importlib.import_module(f"algorithms.{saved['algorithm']}")
     seeds = saved["args"].get("seeds", 1)
-    actors = [script.Actor(data.obs_dim, data.act_dim) for _ in range(seeds)]
+    if data.n_actions:  # the critic acts
+        quantiles = [saved["args"]["quantiles"]] if "quantiles" in saved["args"] else []
+        actors = [script.Critic(data.obs_shape, data.n_actions, *quantiles) for _ in range(seeds)]
+    else:
+        actors = [script.Actor(data.obs_dim, data.act_dim) for _ in range(seeds)]
     actor = (script.stack(actors) if seeds > 1 else actors[0]).to(device)
-    actor.load_state_dict(saved["state"]["actor"])
-    policy = script.lift(seeds, script.policy, actor) if seeds > 1 else lambda obs: script.policy(obs, actor)
+    actor.load_state_dict(saved["state"]["critic" if data.n_actions else "actor"])
+    words = {"threshold": saved["args"]["threshold"]} if data.n_actions and "threshold" in saved["args"] else {}
+    act = partial(script.policy, **words)
+    policy = script.lift(seeds, act, actor) if seeds > 1 else lambda obs: act(obs, actor)
     if hasattr(script, "Rollout"):  # a policy with a memory, for one evaluation
         policy = script.Rollout(script.Args(**saved["args"]), data.act_dim, policy, saved["args"]["target"])
     return saved, script, data, policy

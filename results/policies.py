@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from datasets import UserError
+from datasets import Task, UserError
 from datasets.collect import load_policy as load_behaviour
-from results.checkpoint import load_checkpoint
+from results.checkpoint import load_agent, load_checkpoint
 
 EDGE = 1 - 1e-6  # actions are taken back through the tanh from within these bounds
 LOWEST = {"sac_n": -5, "edac": -5}  # of log_std, where it is not SAC's -20
@@ -100,16 +100,17 @@ def _checkpoint(path, data, std):
     device = data.rows.device
     saved = load_checkpoint(path, device)
     name, script = saved["algorithm"], importlib.import_module(f"algorithms.{saved['algorithm']}")
-    if "actor" not in saved["state"] or hasattr(script, "Rollout"):
+    if not hasattr(script, "policy") or hasattr(script, "Rollout"):
         raise UserError(f"{path} is of {name}.py, whose agent is no function of the observation alone.")
     if saved["args"].get("seeds", 1) > 1:
         raise UserError(f"{path} holds {saved['args']['seeds']} agents; evaluate one that was trained with --seeds 1.")
-    _check_task(path, saved["task"]["name"].split("/")[-2:][0].split("-")[0].lower(), data)
-    actor = script.Actor(data.obs_dim, data.n_actions or data.act_dim).to(device).requires_grad_(False)
-    actor.load_state_dict(saved["state"]["actor"])
+    _check_task(path, Task(**saved["task"]).family, data, len(saved["obs_mean"]))
     normalized = lambda obs: (obs - saved["obs_mean"]) / saved["obs_std"]
-    if data.n_actions:  # the action that it evaluates as best
-        return Discrete(str(path), lambda obs: F.one_hot(script.policy(normalized(obs), actor), data.n_actions).float())
+    if data.n_actions:  # the action that it takes for the best
+        policy = load_agent(path, device)[-1]
+        return Discrete(str(path), lambda obs: F.one_hot(policy(normalized(obs)), data.n_actions).to(obs.dtype))
+    actor = script.Actor(data.obs_dim, data.act_dim).to(device).requires_grad_(False)
+    actor.load_state_dict(saved["state"]["actor"])
     sample, lowest = actor(torch.zeros(1, data.obs_dim, device=device)), LOWEST.get(name, -20)
     if isinstance(sample, torch.Tensor):
         log_std = torch.full((data.act_dim,), std, device=device).log() if std else None
@@ -140,15 +141,17 @@ def _table(path, data):
     return Discrete(str(path), lambda obs: obs @ table)
 
 
-def _check_task(path, family, data):
-    if family != data.task.family or data.n_actions and path.suffix == ".npz":
+def _check_task(path, family, data, obs_dim=None):
+    if family != data.task.family or (data.n_actions and path.suffix == ".npz"):
         raise UserError(f"{path} is a policy for {family}, and the data are {data.task.name}'s.")
+    if obs_dim not in (None, data.obs_dim):
+        raise UserError(f"{path} sees {obs_dim} numbers; an observation of {data.task.name} has {data.obs_dim}.")
 
 
 @torch.no_grad()
 def log_probs(policy, data):
     """Log probabilities, or densities, of the logged actions of a Dataset that is not normalized: (N,) float64."""
-    blocks = map(data.split, data.rows[: len(data)].split(10_000))
+    blocks = map(data.batch, data.rows[: len(data)].split(10_000))
     return torch.cat([policy.log_prob(batch.obs, batch.act) for batch in blocks]).double().cpu().numpy()
 
 

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -9,10 +10,12 @@ import time
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import torch
 
-from datasets import collect, find_task
+from datasets import Dataset, collect, find_task
+from datasets.store import write_hdf5
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,7 +53,24 @@ def small(collected):
     shutil.copy(collected, path)
     with h5py.File(path, "r+") as file:
         file.attrs["task"] = json.dumps(json.loads(file.attrs["task"]) | {"max_episode_steps": 100})
+    write_hdf5(path.with_name("cartpole.hdf5"), random_cartpole())
     return path
+
+
+def random_cartpole(transitions=2000):
+    """CartPole's data, for scripts of discrete actions: played at random, an episode is over after 40 steps."""
+    task = dataclasses.replace(find_task("cartpole-replay"), max_episode_steps=40)
+    env, rng, rows, obs = task.make_env(), np.random.default_rng(0), [], None
+    while len(rows) < transitions:
+        obs = env.reset(seed=len(rows))[0] if obs is None else obs
+        act = int(rng.integers(2))
+        next_obs, rew, terminated, truncated, _ = env.step(act)
+        truncated = truncated or len(rows) == transitions - 1
+        rows.append(np.concatenate([obs, [act, rew], next_obs, [terminated, truncated and not terminated]]))
+        obs = None if terminated or truncated else next_obs
+    rows = np.array(rows, np.float32)
+    ends = np.flatnonzero(rows[:, -2:].any(1)) + 1
+    return Dataset(task, "collected", "random", torch.from_numpy(rows[:, :-1]), ends, 4, 1, n_actions=2)
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 class Script:
     family: str  # one of FAMILIES
     lines: int  # at most, its docstring included
-    agent: bool = (
-        True  # it trains one; else tables of scores, bench and grid leave it out, and all its tests are its own
-    )
+    agent: bool = True  # it trains one; else tables of scores, bench and grid leave it out; its tests are its own
+    discrete: bool = False  # its actions: then the general tests give it CartPole's data
     acts: bool = False  # while it learns: then its --steps are the environment's, and a seed is a process
     quick: dict = field(default_factory=dict)  # arguments that spare tests time, and use more of the code
 
@@ -25,10 +24,19 @@ SCRIPTS = {
     "gail": Script("imitation", 200, acts=True, quick={"envs": 2, "horizon": 10, "eval_every": 20}),
     "sac": Script("why offline fails", 200, acts=True, quick={"env": "hopper", "start_steps": 70, "eval_every": 100}),
     "offline_sac": Script("why offline fails", 195),
+    "dqn": Script(
+        "why offline fails",
+        180,
+        acts=True,
+        quick={"env": "cartpole", "start_steps": 70, "epsilon_steps": 20, "eval_every": 100},
+    ),
+    "offline_dqn": Script("why offline fails", 150, discrete=True, quick={"target_every": 4}),
     "awac": Script("policy constraint", 200),
     "td3_bc": Script("policy constraint", 190),
     "rebrac": Script("policy constraint", 225),  # 25 lines of it are TUNED
+    "discrete_bcq": Script("policy constraint", 190, discrete=True, quick={"target_every": 4}),
     "cql": Script("pessimism", 260, quick={"n_actions": 2, "critic_layers": 1, "threshold": 5.0, "bc_steps": 5}),
+    "discrete_cql": Script("pessimism", 180, discrete=True, quick={"target_every": 4, "quantiles": 3}),
     "sac_n": Script("pessimism", 210, quick={"n_critics": 4}),
     "edac": Script("pessimism", 220, quick={"n_critics": 4}),
     "iql": Script("in-sample", 200),

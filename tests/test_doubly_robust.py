@@ -168,7 +168,7 @@ def test_from_critic():
     """V is the mean of Q over sampled actions, of each block of rows."""
     data = dataset(10)
     policy = Discrete("pi", lambda obs: obs @ torch.tensor(chain.PI, dtype=torch.float32))
-    q_function = lambda obs, act: obs @ torch.tensor([1.0, 2, 3]) + (act[:, 1] if act.shape[1] == 2 else act[:, 0])
+    q_function = lambda obs, act: obs @ torch.tensor([1.0, 2, 3]) + (act[:, 1] if act.ndim == 2 else act)
     q, v, next_v = from_critic(data, policy, q_function, 4000)
     state, act, _, next_state, _, _ = transitions(10)
     np.testing.assert_allclose(q, 1 + state + act)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import chain
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -138,16 +139,27 @@ def load_critics_without_noise(path, data):
         return load_critics(path, data)
 
 
-def test_truth(policies, small, monkeypatch, capsys):
+def test_truth(policies, small, capsys):
     """--truth: the discounted return of each policy from the task's start states."""
-    fqe.train(args_of(policies[:1], small, steps=10, truth=2, gamma=0.9, seed=4))
-    line = capsys.readouterr().out.strip().splitlines()[-1]
-    assert policies[0] in line
-    _, _, data, policy = load_agent(policies[0])
-    returns = data.evaluate(policy, 2, 4, gamma=0.9)
-    assert float(line.split("in the environment ")[1].split()[0]) == pytest.approx(returns.mean(), rel=1e-3)
-    low, high = (float(word) for word in line.split("interval ")[1].split(";")[0].split(" to "))
-    assert low <= float(line.split(": ")[1].split(",")[0]) <= high
+    fqe.train(args_of(policies[:2], small, steps=10, truth=2, gamma=0.9, seed=4))
+    lines = capsys.readouterr().out.strip().splitlines()[-4:]
+    for k, path in enumerate(policies[:2]):
+        _, _, data, policy = load_agent(path)
+        returns, words = data.evaluate(policy, 2, 4 + k, gamma=0.9), lines[2 + k].split(" in the environment: ")
+        value, error = (float(word) for word in words[1].split(" ± "))
+        assert words[0] == path and value == pytest.approx(returns.mean(), rel=1e-3)
+        assert error == pytest.approx(returns.std() / np.sqrt(2), rel=0.06)
+        low, high = (float(word) for word in lines[k].split("interval ")[1].split(" to "))
+        assert lines[k].startswith(path) and low < float(lines[k].split(": ")[1].split(",")[0]) < high
+
+
+def test_truth_of_data_without_environment(small, policies, tmp_path):
+    """Asked before the training, not after it."""
+    with h5py.File(small) as file, h5py.File(tmp_path / "hopper.hdf5", "w") as own:
+        for key in ("observations", "actions", "rewards", "terminals", "timeouts"):
+            own[key] = file[key][:]
+    with pytest.raises(UserError, match="cannot be evaluated: no environment is known"):
+        fqe.train(fqe.Args((policies[0],), str(tmp_path / "hopper.hdf5"), truth=1))
 
 
 def test_share(small, policies, monkeypatch):

@@ -12,13 +12,14 @@ LAYERS = [
     {LIBRARY},
     {"datasets.loading"},
     {"datasets.collect"},  # which exports to Minari
+    {"datasets.collect_discrete"},
     {"datasets.d4rl", "datasets.minari_io"},
     {"datasets.store"},
     {"datasets.dataset"},
     {"datasets.vector_env"},
     {"datasets.catalog"},
     {"datasets.tasks.d4rl_envs"},
-    {"datasets.tasks.mazes", "datasets.tasks.icu_sepsis"},
+    {"datasets.tasks.mazes", "datasets.tasks.icu_sepsis", "datasets.tasks.minatar"},
     {"datasets.processes", "datasets.action_log", "datasets.errors"},
 ]
 

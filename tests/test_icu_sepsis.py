@@ -124,7 +124,6 @@ def test_bad_input(monkeypatch):
 
 
 def test_observations():
-    np.testing.assert_array_equal(icu_sepsis.observe([3, 5], "index"), [[3], [5]])
     np.testing.assert_array_equal(icu_sepsis.observe([3, 5]).argmax(1), [3, 5])
     assert icu_sepsis.observe([3, 5]).sum() == 2 and icu_sepsis.observe([3, 5]).shape == (2, S)
     np.testing.assert_array_equal(icu_sepsis.observe([3, 5], "features"), load_mdp().features[[3, 5]])

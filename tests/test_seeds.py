@@ -45,8 +45,8 @@ def test_seeds_do_not_leak(name, small, monkeypatch, request):
     source, sampler = (script, "sample_sequences") if hasattr(script, "sample_sequences") else (Dataset, "sample")
     sample = getattr(source, sampler)
 
-    def load_double(*words):
-        data = load(*words)
+    def load_double(*words, **options):
+        data = load(*words, **options)
         data.rows = data.rows.double()
         return data
 

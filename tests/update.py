@@ -37,8 +37,8 @@ def trace(script, monkeypatch, args, task=None):
     load = getattr(script, "load", None)  # not of one that makes its own data
     drawing = []
 
-    def load_double(*words):
-        data = load(*words)
+    def load_double(*words, **options):
+        data = load(*words, **options)
         data.rows = data.rows.double()
         data.obs_mean, data.obs_std = data.obs_mean.double(), data.obs_std.double()
         data.task = dataclasses.replace(data.task, **task or {})

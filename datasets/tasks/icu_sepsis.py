@@ -19,13 +19,16 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import gymnasium
 import numpy as np
+from gymnasium import spaces
 
 from datasets.errors import UserError
 
 S, A = 716, 25
 DEATH, SURVIVAL, LIVE = 713, 714, 713  # LIVE: the first so many states are not terminal
 MAX_STEPS = 500  # of an episode; a mean one takes 9
+BEHAVIOURS = ("clinicians", "optimal", "mixture")  # who acts in the data
 
 
 class MDP(NamedTuple):
@@ -78,6 +81,12 @@ def deterministic(act):
 def soften(policy, epsilon):
     """The policy that takes `policy`'s action, or with probability epsilon any: (S, A)."""
     return (1 - epsilon) * policy + epsilon * uniform()
+
+
+def behaviour(who):
+    """A policy that collects data, (S, A): the clinicians', or the best one, which takes a tenth of its actions at
+    random. A mixture of data has trajectories of both, half of the transitions each."""
+    return load_mdp().clinicians if who == "clinicians" else soften(solve(), 0.1)
 
 
 def visits(policy, gamma=1.0):
@@ -141,13 +150,35 @@ def trajectories(policy, number, seed):
 
 
 def observe(state, kind="one-hot"):
-    """What a network sees of states (N,): their index (N, 1), "one-hot" (N, S) or "features" (N, 47), float32."""
+    """What a network sees of states (N,): "one-hot" (N, S) or their "features" (N, 47), float32."""
     state = np.asarray(state)
     if (wrong := (state < 0) | (state >= S)).any():
         raise UserError(f"ICU-Sepsis has states 0 to {S - 1}, and {state[wrong][0]} is none of them.")
-    if kind == "index":
-        return state[:, None].astype(np.float32)
     return np.eye(S, dtype=np.float32)[state] if kind == "one-hot" else load_mdp().features[state]
+
+
+class ICUSepsis(gymnasium.Env):
+    """obs (O,) as `observe` gives it; kind: "one-hot" or "features"."""
+
+    metadata = {"render_modes": [], "render_fps": 1}
+
+    def __init__(self, kind="one-hot"):
+        self.kind, self.mdp = kind, load_mdp()
+        self.observation_space = spaces.Box(-np.inf, np.inf, observe([0], kind)[0].shape, np.float32)
+        self.action_space = spaces.Discrete(A)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = self.np_random.choice(S, p=self.mdp.start)
+        return observe([self.state], self.kind)[0], {}
+
+    def step(self, act):
+        self.state = self.np_random.choice(S, p=self.mdp.transition[self.state, act])
+        obs = observe([self.state], self.kind)[0]
+        return obs, float(self.state == SURVIVAL), bool(self.state >= LIVE), False, {"state": self.state}
+
+
+gymnasium.register("ICUSepsis-v0", entry_point="datasets.tasks.icu_sepsis:ICUSepsis")
 
 
 def _moves(policy):
