@@ -4,11 +4,10 @@
               L_Q    = E (Q(obs, act) - target)^2
     estimate  mean over the episodes' first obs of Q'(obs, act),   act ~ pi(obs)
 
-The value of each of --policies, from data of others, without the environment; --truth 10 asks it, to compare. Critics
-stand side by side, one a policy. As Deep OPE (Fu et al., ICLR 2021, arXiv:2103.16596) makes a network of it: a target
-network instead of a fit to its end, AdamW, targets within what rewards allow, the estimate from the target network.
-Differs from it: rewards are divided by the largest return in the data instead of normalized, no bootstrap weights, no
-noise on actions. The interval is that of the first observations alone, not of the fit.
+The value of each policy, from data of others; --truth 10 asks the environment, too. As Deep OPE (Fu et al., ICLR 2021,
+arXiv:2103.16596) makes a network of it: a target network instead of a fit to its end, AdamW, targets within what rewards
+allow, the estimate from the target network. Differs from it: rewards are divided by the largest return of the data, not
+normalized; no bootstrap weights; no noise on actions. The interval is of the first observations, not of the fit.
 Usage: python algorithms/fqe.py --env halfcheetah-medium --policies runs/td3_bc/.../checkpoint.pt runs/iql/...
 """
 
@@ -114,7 +113,7 @@ def lift(seeds, function, *nets):
 
 
 def train(args):
-    S = len(args.policies)  # critics, one a policy
+    S = len(args.policies)  # critics side by side, one a policy
     run = Run(__file__, args, agents=S)
     data = load(args.env, args.source, run.device, args.eval_env, None)  # discrete actions or continuous ones
     policies = load_policies(args.policies, data, args.std)
@@ -125,8 +124,7 @@ def train(args):
     if args.share < 1:
         rng = np.random.default_rng(args.seed)
         data.keep(rng.choice(len(data.ends), max(1, int(args.share * len(data.ends))), replace=False))
-    largest = np.abs(discounted_returns(data, args.gamma)).max()
-    scale = torch.tensor(max(largest, 1e-6), dtype=data.rew.dtype, device=run.device)
+    scale = torch.as_tensor(np.abs(discounted_returns(data, args.gamma)).max()).to(data.rew).clamp(1e-6)
     data.rew /= scale  # so that Q is of the order of 1
     if not data.n_actions:  # of states and frames nothing is measured in other units
         data.normalize_obs()
@@ -182,9 +180,8 @@ def train(args):
         low, high = np.quantile(own[rng.integers(len(own), size=(1000, len(own)))].mean(1), (0.025, 0.975))
         print(f"{policy.name}: {own.mean():.4g}, 95 % interval {low:.4g} to {high:.4g}")
     if args.truth:
-        for policy, own in zip(
-            policies, np.atleast_2d(data.evaluate(play, args.truth, args.seed, S, gamma=args.gamma))
-        ):
+        truth = np.atleast_2d(data.evaluate(play, args.truth, args.seed, S, gamma=args.gamma))
+        for policy, own in zip(policies, truth):
             print(f"{policy.name} in the environment: {own.mean():.4g} ± {own.std() / np.sqrt(len(own)):.2g}")
 
 
