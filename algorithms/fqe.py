@@ -4,8 +4,8 @@
               L_Q    = E (Q(obs, act) - target)^2
     estimate  mean over the episodes' first obs of Q'(obs, act),   act ~ pi(obs)
 
-The value of each policy, from data of others; --truth 10 asks the environment, too. As Deep OPE (Fu et al., ICLR 2021,
-arXiv:2103.16596) makes a network of it: a target network instead of a fit to its end, AdamW, targets within what rewards
+The value of each policy from others' data; --truth 10 asks the environment, too. As Deep OPE (Fu et al., ICLR 2021,
+arXiv:2103.16596) makes a network of it: a target network for a fit to its end, AdamW, targets within what rewards
 allow, the estimate from the target network. Differs from it: rewards are divided by the largest return of the data, not
 normalized; no bootstrap weights; no noise on actions. The interval is of the first observations, not of the fit.
 Usage: python algorithms/fqe.py --env halfcheetah-medium --policies runs/td3_bc/.../checkpoint.pt runs/iql/...
