@@ -4,7 +4,7 @@ From the log of Thompson sampling the click rate of random recommendations is es
 other log's own clicks are the truth, up to their chance. Each recommendation is an episode of one step, whose IS is
 called IPS, and WIS SNIPS. Random has the propensity 1 / items. Thompson sampling's probabilities for the items that
 random showed were not logged: they are its frequencies of items by position, from its log without the clicks. Q is the
-click rate of an item at a position, cross-fitted.
+click rate of an item at a position, cross-fitted; DM's intervals, too narrow, leave out the error of that fit.
 
 Usage: make studies, or python results/studies/open_bandit.py
 """

@@ -5,6 +5,8 @@ from results.studies import (
     demonstrations,
     extrapolation,
     model_error,
+    ope,
+    open_bandit,
     peer_iql,
     return_conditioning,
     stitching,
@@ -12,6 +14,7 @@ from results.studies import (
 from results.tables.records import RESULTS
 
 STUDIES = extrapolation, cql_alpha, stitching, return_conditioning, model_error, demonstrations, peer_iql
+STUDIES += ope, open_bandit
 
 
 def sections():
