@@ -64,11 +64,11 @@ def test_findings(expected, tmp_path, monkeypatch):
     horizons = {h: row(0.05 if expected else 0.001) for h in ope.HORIZONS}
     truncations = {c: row(0.001 if expected else 0.1) for c in ope.TRUNCATIONS}
     distances = {d: row(0.02) for d in ope.DISTANCES}
-    parts = dict(distances=distances, horizons=horizons, corners=corners, truncations=truncations)
+    parts = dict(truncated=corners, distances=distances, horizons=horizons, corners=corners, truncations=truncations)
     common.keep(ope.STUDY, numbers=numbers, **parts)
     verdicts = [sentence.split(". ")[1] for sentence in ope.findings()]
-    first, second, third, fourth = verdicts
-    assert all(text.startswith("So it" if expected else "Not so") for text in (first, third, fourth))
+    first, truncated, second, third, fourth = verdicts
+    assert all(text.startswith("So it" if expected else "Not so") for text in (first, truncated, third, fourth))
     assert second.startswith("Those of IS, WIS" if expected else "Those of no estimator do")
     if expected:
         ope.draw()

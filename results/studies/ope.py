@@ -4,7 +4,7 @@ Logs of the clinicians' policy, a tenth of whose actions are any, so that each h
 go from there towards the best one by a share, their distance. gamma 0.99; 100 logs of each size, drawn anew; Q is
 solved from counts, cross-fitted (doubly_robust.py). Asked: the error against the number of episodes, the distance, and
 the horizon, after which episodes are cut; the four corners, where Q is another policy's, or the probabilities are of
-another behaviour, or both; weights truncated; and whether 95 % intervals hold the truth.
+another behaviour, or both, without and with a bound on the weights; truncation; and whether 95 % intervals hold the truth.
 
 Usage: make studies, or python results/studies/ope.py
 """
@@ -27,6 +27,7 @@ NUMBERS = 10, 30, 100, 300, 1000, 3000, 10_000  # of episodes
 DISTANCES = 0.05, 0.1, 0.2, 0.3, 0.5, 0.8
 HORIZONS = 1, 2, 4, 8, 16, 32
 TRUNCATIONS = 1, 3, 10, 30, 100, 1000
+CAP = 10  # of the weights in the corners, which are measured without one, too
 NUMBER, DISTANCE, RESAMPLES = 1000, 0.3, 200  # where another of them varies; of each interval
 ESTIMATORS = "IS", "WIS", "PDIS", "WPDIS", "DM", "DR", "WDR"
 
@@ -106,6 +107,8 @@ def measure():
     pi, wrong_b = target(DISTANCE), behaviour(0.6)
     truth = icu_sepsis.value(pi, GAMMA)
     wrong_q = icu_sepsis.q_values(icu_sepsis.solve(GAMMA, worst=True), GAMMA)
+    wrong = {"both right": {}, "wrong Q": {"wrong_q": wrong_q}, "wrong b": {"b": wrong_b}}
+    wrong["both wrong"] = wrong["wrong Q"] | wrong["wrong b"]
     stage = lambda name, *words, **more: once(STUDY, name, lambda: repeated(*words, **more))
     keep(
         STUDY,
@@ -114,12 +117,8 @@ def measure():
         horizons={
             h: stage(f"horizon={h}", NUMBER, pi, value_within(pi, h), horizon=h, with_model=False) for h in HORIZONS
         },
-        corners={
-            "both right": stage(f"n={NUMBER}", NUMBER, pi, truth),
-            "wrong Q": stage("wrong Q", NUMBER, pi, truth, wrong_q=wrong_q),
-            "wrong b": stage("wrong b", NUMBER, pi, truth, b=wrong_b),
-            "both wrong": stage("both wrong", NUMBER, pi, truth, b=wrong_b, wrong_q=wrong_q),
-        },
+        corners={name: stage(name, NUMBER, pi, truth, **wrong[name]) for name in wrong},
+        truncated={name: stage(f"{name} {CAP}", NUMBER, pi, truth, truncate=CAP, **wrong[name]) for name in wrong},
         truncations={c: stage(f"truncate={c}", NUMBER, pi, truth, truncate=c) for c in TRUNCATIONS},
     )
 
@@ -130,12 +129,20 @@ def rmse(row, name):
 
 def findings():
     result = kept(STUDY)
-    corners, numbers, horizons = result["corners"], result["numbers"], result["horizons"]
-    better = [name for name, row in corners.items() if row["DR"]["mse"] <= min(row["DM"]["mse"], row["WIS"]["mse"])]
-    texts = [
-        f"{name}: " + ", ".join(f"{e} {rmse(row, e):.3f}" for e in ("DM", "WIS", "DR", "WDR"))
-        for name, row in corners.items()
-    ]
+    numbers, horizons = result["numbers"], result["horizons"]
+    sentences = []
+    for key, weights in (("corners", "weights as they are"), ("truncated", f"weights of at most {CAP}")):
+        corners = result[key]
+        better = [name for name, row in corners.items() if row["DR"]["mse"] <= min(row["DM"]["mse"], row["WIS"]["mse"])]
+        texts = [
+            f"{name}: " + ", ".join(f"{e} {rmse(row, e):.3g}" for e in ("DM", "WIS", "DR", "WDR"))
+            for name, row in corners.items()
+        ]
+        sentences.append(
+            f"Expected, {weights}: DR is at least as good as the better of DM and WIS in three of the four corners. "
+            f"{'So it is' if len(better) >= 3 else 'Not so'}: in {', '.join(better) or 'none'} of them, with {NUMBER:,} "
+            f"episodes. Root mean squared errors, {'; '.join(texts)}."
+        )
     held = {name: numbers[str(NUMBER)][name]["held"] for name in ESTIMATORS}
     least, most = min(map(int, horizons)), max(map(int, horizons))
     cuts = result["truncations"]
@@ -143,9 +150,7 @@ def findings():
     whole = numbers[str(NUMBER)]["IS"]
     grows = horizons[str(most)]["IS"]["std"] / horizons[str(most)]["truth"] > 0.5
     return [
-        f"Expected: DR is at least as good as the better of DM and WIS in three of the four corners. "
-        f"{'So it is' if len(better) >= 3 else 'Not so'}: in {', '.join(better) or 'none'} of them, with {NUMBER:,} "
-        f"episodes. Root mean squared errors, {'; '.join(texts)}.",
+        *sentences,
         f"Expected: 95 % intervals hold the truth in 90 to 98 % of logs. Those of "
         f"{', '.join(name for name, share in held.items() if 0.9 <= share <= 0.98) or 'no estimator'} do: "
         + ", ".join(f"{name} {100 * share:.0f} %" for name, share in held.items())
@@ -182,11 +187,12 @@ def draw():
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("root mean squared error")
     axes[0].legend(fontsize=7, ncol=2)
-    corners = result["corners"]
+    corners = {**result["corners"], **{f"{name}, {CAP}": row for name, row in result["truncated"].items()}}
     for i, name in enumerate(("DM", "WIS", "DR", "WDR")):
         bars = [rmse(row, name) for row in corners.values()]
         axes[4].bar(np.arange(len(bars)) + 0.2 * i, bars, 0.2, color=colors[name], label=name)
-    axes[4].set_xticks(np.arange(len(corners)) + 0.3, list(corners))
+    axes[4].set_xticks(np.arange(len(corners)) + 0.3, list(corners), rotation=30, ha="right", fontsize=7)
+    axes[4].set(yscale="log", ylim=(5e-3, 5), title=f"corners; weights of at most {CAP}", xlabel="")
     axes[4].legend(fontsize=7)
     save_figure(figure, STUDY)
 
