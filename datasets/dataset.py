@@ -84,7 +84,7 @@ class Dataset:
         self.rows, self.ends, self.obs_dim, self.act_dim = rows, np.asarray(ends), obs_dim, act_dim
         self.size, self.n_actions, self.frames = len(rows), n_actions, frames
         self.fixed, self.added, self.share = 0, 0, None  # see make_room
-        self.batch = Batch  # what `sample` returns
+        self.batch_type = Batch  # what `sample` returns
         self.obs_mean = torch.zeros(obs_dim, device=rows.device)
         self.obs_std = torch.ones(obs_dim, device=rows.device)
         self._envs = None  # (how many, environments) of the last evaluation
@@ -154,10 +154,10 @@ class Dataset:
     def split(self, rows):
         """The columns of a block of rows, as views: a Batch, after `add_next_act` a SarsaBatch, and so on."""
         O, A = self.width, self.act_dim
-        widths = [O, A, 1, O, 1, *{Batch: [], SarsaBatch: [A], ReturnBatch: [1]}[self.batch]]
+        widths = [O, A, 1, O, 1, *{Batch: [], SarsaBatch: [A], ReturnBatch: [1]}[self.batch_type]]
         obs, act, rew, next_obs, done, *more = rows.split(widths, dim=-1)
-        more = [column.squeeze(-1) for column in more] if self.batch is ReturnBatch else more
-        return self.batch(obs, act, rew.squeeze(-1), next_obs, done.squeeze(-1), *more)
+        more = [column.squeeze(-1) for column in more] if self.batch_type is ReturnBatch else more
+        return self.batch_type(obs, act, rew.squeeze(-1), next_obs, done.squeeze(-1), *more)
 
     obs = property(lambda self: self.split(self.rows[: self.size]).obs)
     act = property(lambda self: self.split(self.rows[: self.size]).act)
@@ -183,7 +183,11 @@ class Dataset:
             of_data = torch.randint(self.fixed, (*shape[:-1], n), device=device)
             of_others = torch.randint(self.fixed, self.size, (*shape[:-1], batch_size - n), device=device)
             rows = torch.cat([of_data, of_others], -1)
-        batch = self.split(self.rows[rows])
+        return self.batch(self.rows[rows])
+
+    def batch(self, rows):
+        """The columns of a block of rows as losses take them: observations looked up, discrete actions as indices."""
+        batch = self.split(rows)
         if self.frames is not None:
             batch = batch._replace(obs=self.look_up(batch.obs), next_obs=self.look_up(batch.next_obs))
         return batch._replace(act=batch.act.squeeze(-1).long()) if self.n_actions else batch
@@ -227,14 +231,14 @@ class Dataset:
         next_act = self.act.roll(-1, 0)
         next_act[last] = 0
         kept = ~last | (self.done > 0)
-        self.rows, self.batch = torch.cat([self.rows[: self.size], next_act], 1)[kept], SarsaBatch
+        self.rows, self.batch_type = torch.cat([self.rows[: self.size], next_act], 1)[kept], SarsaBatch
         ends = np.unique(kept.cpu().numpy().cumsum()[self.ends - 1])  # an episode of one dropped row is no more
         self.ends, self.size = ends[ends > 0], len(self.rows)
 
     def add_returns(self, mc_return):
         """Gives each row what came of it, mc_return (N,) float64, so that `sample` returns ReturnBatches."""
         column = torch.from_numpy(mc_return).to(self.rows)[:, None]
-        self.rows, self.batch = torch.cat([self.rows[: self.size], column], 1), ReturnBatch
+        self.rows, self.batch_type = torch.cat([self.rows[: self.size], column], 1), ReturnBatch
 
     def set_returns(self, mc_return):
         """Of the transitions that were added last, as many as mc_return (T,) has."""
@@ -256,30 +260,33 @@ class Dataset:
     @torch.no_grad()
     @one_thread()
     @apart
-    def evaluate(self, policy, episodes, seed, seeds=1, rewards=False):
+    def evaluate(self, policy, episodes, seed, seeds=1, rewards=False, gamma=1.0):
         """Returns of `episodes` episodes, (episodes,) float64; of several agents, (seeds, episodes). None where the
         task has no environment.
 
         `policy` maps normalized obs (episodes, O) to act (episodes, A); of several agents, with leading axis (seeds,).
         The episodes of all agents run side by side with one policy call a step. The same seed gives the same start
         states, so that two evaluations of a run differ by the policy alone; agent k's are those of seed + k. With
-        `rewards`, the policy is also given the reward (episodes,) of the step before, 0 at first. Discrete actions are
-        indices, (episodes,). Of ICU-Sepsis each return is the policy's exact value: nothing is sampled.
+        `rewards`, the policy is also given the reward (episodes,) of the step before, 0 at first. gamma: the returns'
+        discount. Discrete actions are indices, (episodes,). Of ICU-Sepsis each return is the policy's exact value:
+        nothing is sampled, and the policy may give probabilities (states, actions) instead.
         """
         shape = (episodes,) if seeds == 1 else (seeds, episodes)
         if not self.task.evaluable:
             return None
         if self.task.family == "icu":
             obs = torch.as_tensor(icu_sepsis.observe(np.arange(icu_sepsis.S), **self.task.env_args)).to(self.rows)
-            act = policy(obs.expand(*shape[:-1], *obs.shape)).view(-1, len(obs)).cpu().numpy()
-            values = [icu_sepsis.value(icu_sepsis.deterministic(own)) for own in act]
+            act = policy(obs.expand(*shape[:-1], *obs.shape))
+            table = act if act.is_floating_point() else torch.nn.functional.one_hot(act, self.n_actions)
+            tables = table.view(-1, *table.shape[-2:]).double().cpu().numpy()
+            values = [icu_sepsis.value(own, gamma) for own in tables]
             return np.repeat(values, episodes).reshape(shape)
         n = episodes * seeds
         if self._envs is None or self._envs[0] != n:
             self._envs = n, make_envs(self.task, n)
         envs = self._envs[1]
         obs = envs.reset(np.add.outer(1000 * (seed + np.arange(seeds)), np.arange(episodes)).ravel())
-        rew, returns, running = np.zeros(n), np.zeros(n), np.ones(n, bool)
+        rew, returns, running, discount = np.zeros(n), np.zeros(n), np.ones(n, bool), 1.0
         while running.any():
             x = self.normalized(obs).view(*shape, self.obs_dim)
             more = [torch.as_tensor(rew, dtype=torch.float32, device=x.device).view(shape)] if rewards else []
@@ -290,7 +297,8 @@ class Dataset:
                 raise UserError("The policy returns actions that are not finite; the run has diverged.")
             obs, rew, terminated, truncated = envs.step(act)
             self.check_env(obs, rew)
-            returns += rew
+            returns += discount * rew
+            discount *= gamma
             running &= ~(terminated | truncated)
         return returns.reshape(shape)
 

@@ -17,7 +17,7 @@ def load(env, source="auto", device="cpu", eval_env="", discrete=False):
     layout, which is evaluated in the Gymnasium environment `eval_env`.
     source: "d4rl", the published file, downloaded if need be; "collected", collected here if need be, in minutes;
     "auto", the former if it is there or its server answers within seconds, else the latter. Minari ids: "minari".
-    discrete: whether the caller is for discrete actions; others are for continuous ones.
+    discrete: whether the caller is for discrete actions; others are for continuous ones; None: it is for both.
     Raises UserError, in one sentence, for an unknown name or source, unusable data, an unusable cache.
     """
     if source not in SOURCES:
@@ -37,7 +37,7 @@ def load(env, source="auto", device="cpu", eval_env="", discrete=False):
         task = find_task(env)
         source = choose(task) if source == "auto" else source
         data = (d4rl if source == "d4rl" else collect).load(task, device)
-    if data.n_actions and not discrete:
+    if data.n_actions and discrete is False:
         raise UserError(f"{env} has {data.n_actions} discrete actions; this algorithm is for continuous ones.")
     if discrete and not data.n_actions:
         raise UserError(f"{env} has continuous actions; this algorithm is for discrete ones, say cartpole-replay.")

@@ -36,8 +36,9 @@ from results.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 # Arguments that do not tell one run from another: a resume may change them, and they are not in the folder's name.
-FREE = {"steps", "device", "resume", "record", "video", "graph"}
-NOT_OF_THE_CELL = FREE | {"env", "source", "eval_env", "seed", "seeds"}  # they have places of their own in the record
+FREE = {"steps", "device", "resume", "record", "video", "graph", "truth"}
+# These, too, do not stand in the folder's name: they have places of their own in the record or the checkpoint.
+NOT_OF_THE_CELL = FREE | {"env", "source", "eval_env", "seed", "seeds", "policies"}
 # Arguments in which a run may differ from the checkpoint that stands for its offline phase.
 OF_ONE_PHASE = NOT_OF_THE_CELL | {"eval_every", "eval_episodes"}
 SAVE_SECONDS = 60  # at least, between the checkpoints within a step
@@ -67,8 +68,9 @@ class Run:
     The keyword arguments of `steps` are what a checkpoint holds: anything with a state_dict, or a tensor.
     """
 
-    def __init__(self, script, args, schedule=False):
-        """schedule: whether something follows a schedule over --steps, which a resume may then not change."""
+    def __init__(self, script, args, schedule=False, agents=None):
+        """schedule: whether something follows a schedule over --steps, which a resume may then not change. agents: how
+        many learn side by side, where that is not --seeds."""
         if parent := os.environ.pop("END_WITH", ""):  # the process id of a runner, which waits for this run
             end_with(int(parent))
         self.args, self.algorithm = args, Path(script).stem
@@ -80,7 +82,7 @@ class Run:
             torch.cuda.set_stream(torch.cuda.Stream())  # one stream for all: a graph cannot be captured in the default
         keep_freed_memory()
         torch.manual_seed(args.seed)
-        self.seeds = range(args.seed, args.seed + getattr(args, "seeds", 1))
+        self.seeds = range(args.seed, args.seed + (agents or getattr(args, "seeds", 1)))
         self._offline = None  # the checkpoint that stands for the offline phase
         self.resumable = True  # an online script clears it inside an episode: an environment cannot be checkpointed
         self.curve, self.seconds, self.eval_seconds = [], 0.0, 0.0
@@ -134,7 +136,7 @@ class Run:
     def steps(self, data, stride=1, **state):
         """Yields the steps, with a stride every so manieth; saves when it is due, on Ctrl-C, and at the end, where the
         record is written as well."""
-        if self.args.record and not data.task.evaluable:
+        if getattr(self.args, "record", False) and not data.task.evaluable:
             raise UserError(f"--record keeps scores, and policies for {data.task.name} are not evaluated.")
         self.data, self.stride, self.state, self.folder = data, stride, state, self._folder(data)
         self.checkpoint = self.folder / "checkpoint.pt"
@@ -160,7 +162,7 @@ class Run:
                     self._stop_if_interrupted()
             self._save()
             self._finish()
-            if self.args.video:
+            if getattr(self.args, "video", False):
                 from results.video import record  # here, because few want it and it needs packages for drawing
 
                 record(self.checkpoint, self.folder / "video.gif")
@@ -218,15 +220,16 @@ class Run:
         self._eval_start = time.perf_counter()
         return True
 
-    def report(self, step, returns):
+    def report(self, step, returns, **more):
         """Writes an evaluation to the bar, TensorBoard and the curve, and has the step saved next.
 
-        returns: (episodes,) or (S, episodes); None without an environment.
+        returns: (episodes,) or (S, episodes); None without an environment. more: beside the losses, () or (S,).
         """
         now = time.perf_counter()
         self.eval_seconds += now - self._eval_start
-        scalars = {name: loss.mean().item() for name, loss in self._losses.items()}
-        losses = {name: loss.tolist() for name, loss in self._losses.items()}  # a number, or one for each seed
+        values = {**self._losses, **more}
+        scalars = {name: value.mean().item() for name, value in values.items()}
+        losses = {name: value.tolist() for name, value in values.items()}  # a number, or one for each seed
         point, S = {"step": step, "losses": losses}, len(self.seeds)
         text = ", ".join(f"{name} {value:.3g}" for name, value in scalars.items())
         if returns is not None:
@@ -393,7 +396,7 @@ class Run:
             }
             lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in record.items()]
             places = [self.folder / f"record-seed={seed}.json"]
-            if self.args.record:
+            if getattr(self.args, "record", False):
                 cell = ROOT / "results" / "runs" / self.folder.parent.relative_to(self.folder.parents[3])
                 places.append(cell / f"seed={seed}{self._changed()},steps={self.args.steps}.json")
             for place in places:

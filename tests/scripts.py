@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 class Script:
     family: str  # one of FAMILIES
     lines: int  # at most, its docstring included
+    agent: bool = True  # it trains one; else tables of scores, bench and grid leave it out; its tests are its own
     discrete: bool = False  # its actions: then the general tests give it CartPole's data
     acts: bool = False  # while it learns: then its --steps are the environment's, and a seed is a process
-    tabular: bool = False  # exact, on an enumerable world, in seconds: no dataset, no networks that act, no Run
     quick: dict = field(default_factory=dict)  # arguments that spare tests time, and use more of the code
 
 
@@ -31,8 +31,8 @@ SCRIPTS = {
     "bco": Script("imitation", 200, acts=True, quick=GAIL | {"pre_steps": 20, "buffer_size": 30, "updates": 3}),
     "gail": Script("imitation", 200, acts=True, quick=GAIL),
     "gaifo": Script("imitation", 200, acts=True, quick=GAIL),
-    "apprenticeship": Script("imitation", 170, tabular=True),
-    "maxent_irl": Script("imitation", 190, tabular=True),
+    "apprenticeship": Script("imitation", 170, agent=False),
+    "maxent_irl": Script("imitation", 190, agent=False),
     "airl": Script("imitation", 230, acts=True, quick=GAIL),
     "f_max": Script("imitation", 220, acts=True, quick=GAIL),
     "sac": Script("why offline fails", 200, acts=True, quick={"env": "hopper", "start_steps": 70, "eval_every": 100}),
@@ -75,6 +75,9 @@ SCRIPTS = {
         acts=True,
         quick={"n_actions": 2, "critic_layers": 1, "members": 2, "start_steps": 20, "buffer_size": 300} | PHASES,
     ),
+    "fqe": Script("evaluation", 190, agent=False),
+    "importance_sampling": Script("evaluation", 200, agent=False),
+    "doubly_robust": Script("evaluation", 230, agent=False),
 }
-# Those with a task, an Actor, a Run and its records: what can be resumed, evaluated, timed.
-TRAINED = {name: script for name, script in SCRIPTS.items() if not script.tabular}
+# Those with an Actor, a Run and its records: what can be resumed, evaluated, timed.
+TRAINED = {name: script for name, script in SCRIPTS.items() if script.agent}

@@ -9,13 +9,13 @@ from functools import cache
 import pytest
 from conftest import ROOT
 
-from tests.scripts import FAMILIES, SCRIPTS
+from tests.scripts import FAMILIES, SCRIPTS, TRAINED
 
 PATHS = sorted((ROOT / "algorithms").glob("*.py"))
 SOURCES = {path.stem: path.read_text() for path in PATHS}
 TUNED = tuple(name for name in SOURCES if "\nTUNED = {" in SOURCES[name])
 LIFTED = tuple(name for name in SOURCES if "def lift(" in SOURCES[name])
-ALLOWED = {"datasets", "results.run"}  # what a script may import from this repository
+ALLOWED = {"datasets", "results.run", "results.policies"}  # what a script may import from this repository
 
 
 @cache
@@ -31,7 +31,7 @@ def pieces(name):
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_order(name):
-    """Docstring, imports, Args, TUNED where there is one, networks, policy, losses, train, main."""
+    """Docstring, imports, Args, TUNED where there is one, networks, policy and losses of an agent, train, main."""
     source = SOURCES[name]
     marks = [
         '"""',
@@ -40,11 +40,9 @@ def test_order(name):
         "\n@dataclass\nclass Args",
     ]
     marks += ["\nTUNED = {"] if name in TUNED else []
-    if name not in SCRIPTS or not SCRIPTS[name].tabular:
+    if name not in SCRIPTS or SCRIPTS[name].agent:
         marks += [
-            "\nclass Actor("
-            if "\nclass Actor(" in source
-            else "\nclass Critic(",  # of discrete actions the critic acts
+            "\nclass Actor(" if "\nclass Actor(" in source else "\nclass Critic(",  # which acts if discrete
             "\ndef policy(",
             "\ndef losses(" if "\ndef losses(" in source else "_loss(",
         ]
@@ -171,9 +169,12 @@ def test_same_text():
     ):
         texts = {re.sub(r" = [^#]*", "", args[field]) for args in fields if field in args}  # type and comment
         assert len({text for text in texts if "None" not in text}) == 1, (field, texts)  # None: TUNED has it
-    remember = [name for name in LIFTED if "\nclass Rollout" in SOURCES[name]]  # their policies are given rewards, too
-    remember += [name for name in LIFTED if "\n    members: int" in SOURCES[name]]  # which are one agent in the end
-    assert len({SOURCES[name].split("        if run.due(step):\n")[1] for name in LIFTED if name not in remember}) == 1
+    alike = [name for name in LIFTED if name in TRAINED]
+    alike = [name for name in alike if "\nclass Rollout" not in SOURCES[name]]  # which are given rewards, too
+    alike = [name for name in alike if "\n    members: int" not in SOURCES[name]]  # which are one agent in the end
+    assert len({SOURCES[name].split("        if run.due(step):\n")[1] for name in alike}) == 1
+    for name in ("pad", "log_weights", "estimate", "interval", "Behaviour", "estimated"):
+        assert pieces("importance_sampling")[name] == pieces("doubly_robust")[name], name
 
 
 SISTERS = [("sac_n", "edac", 30), ("iql", "xql", 40), ("iql", "sql", 40), ("iql", "idql", 110)]

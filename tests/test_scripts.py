@@ -89,8 +89,8 @@ def stopped(train, step, later=0):
     of its own a run stops where an episode ends."""
     original = Run.report
 
-    def report(run, at, returns):
-        original(run, at, returns)
+    def report(run, at, returns, **more):
+        original(run, at, returns, **more)
         if at == step:
             signal.raise_signal(signal.SIGINT)
 

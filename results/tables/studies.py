@@ -6,6 +6,8 @@ from results.studies import (
     demonstrations,
     extrapolation,
     model_error,
+    ope,
+    open_bandit,
     peer_iql,
     q_divergence,
     return_conditioning,
@@ -24,6 +26,8 @@ STUDIES = (
     demonstrations,
     compounding,
     transfer,
+    ope,
+    open_bandit,
     peer_iql,
 )
 
