@@ -22,8 +22,8 @@ SCRIPTS = {
     "gail": Script("imitation", 200, acts=True, quick={"envs": 2, "horizon": 10, "eval_every": 20}),
     "sac": Script("why offline fails", 200, acts=True, quick={"env": "hopper", "start_steps": 70, "eval_every": 100}),
     "offline_sac": Script("why offline fails", 195),
-    "bcq": Script("policy constraint", 230),
-    "bear": Script("policy constraint", 270, quick={"warmup": 12}),  # 10 lines of it are TUNED
+    "bcq": Script("policy constraint", 230, quick={"n_actions": 2}),
+    "bear": Script("policy constraint", 270, quick={"warmup": 12, "n_actions": 2}),  # 10 lines of it are TUNED
     "awr": Script("policy constraint", 215, quick={"critic_steps": 4, "actor_steps": 7}),
     "awac": Script("policy constraint", 200),
     "td3_bc": Script("policy constraint", 190),
