@@ -1,4 +1,4 @@
-"""AWR: Advantage-Weighted Regression, Simple and Scalable Off-Policy RL (Peng et al. 2019), arXiv:1910.00177.
+"""AWR: Advantage-Weighted Regression: Simple and Scalable Off-Policy RL (Peng et al. 2019), arXiv:1910.00177.
 
     returns  R    = rew + gamma [(1 - lam) V(next_obs) + lam R(next_obs)],   TD(lambda); V alone where an episode is cut
     value    L_V  = 0.5 E ((1 - gamma) (R - V(obs)))^2

@@ -44,8 +44,8 @@ SCRIPTS = {
         quick={"env": "cartpole", "start_steps": 70, "epsilon_steps": 20, "eval_every": 100},
     ),
     "offline_dqn": Script("why offline fails", 150, discrete=True, quick={"target_every": 4}),
-    "bcq": Script("policy constraint", 230),
-    "bear": Script("policy constraint", 270, quick={"warmup": 12}),  # 10 lines of it are TUNED
+    "bcq": Script("policy constraint", 230, quick={"n_actions": 2}),
+    "bear": Script("policy constraint", 270, quick={"warmup": 12, "n_actions": 2}),  # 10 lines of it are TUNED
     "awr": Script("policy constraint", 215, quick={"critic_steps": 4, "actor_steps": 7}),
     "awac": Script("policy constraint", 200),
     "td3_bc": Script("policy constraint", 190),

@@ -139,6 +139,7 @@ def test_same_text():
         ("Critic", ("sac", "iql", "offline_sac", "mopo")),
         ("Critic", ("sac_n", "edac")),
         ("critic_loss", ("dqn", "offline_dqn")),
+        ("vae_loss", ("bcq", "bear")),
     ]:
         assert len({pieces(script)[name] for script in scripts}) == 1, name
     ends = [pieces(name)["Actor"].split("log_std.clamp(")[1].split("\n", 1)[1] for name in ("sac", *squashed)]
