@@ -116,6 +116,8 @@ def train(args):
             f"--pre-steps and --steps must be multiples of --envs x --horizon, {size}, --steps the larger or equal, "
             f"not {args.pre_steps} and {args.steps}."
         )
+    if args.buffer_size < size:
+        raise UserError(f"--buffer-size must hold an iteration, {size} steps, not {args.buffer_size}.")
 
     O, A = data.obs_dim, data.act_dim
     actor, inverse = Actor(O, A).to(run.device), Actor(2 * O, A).to(run.device)

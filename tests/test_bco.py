@@ -126,5 +126,8 @@ def test_bad_input(steps, pre_steps, small):
     message = f"multiples of --envs x --horizon, 20, --steps the larger or equal, not {pre_steps} and {steps}"
     with pytest.raises(UserError, match=message):
         bco.train(arguments(bco, small, steps=steps, pre_steps=pre_steps))
+    with pytest.raises(UserError, match="--buffer-size must hold an iteration, 20 steps, not 19"):
+        bco.train(arguments(bco, small, steps=20, buffer_size=19))
+    bco.train(arguments(bco, small, steps=20, buffer_size=20))
     with pytest.raises(UserError, match="--demos 5000 are more than the"):
         bco.train(arguments(bco, small, steps=20, demos=5000))
