@@ -24,7 +24,7 @@ from algorithms import airl, gail, maxent_irl
 from datasets import find_world
 from results.studies.common import SEEDS, beyond, keep, kept, once, save_figure
 
-STUDY, DEMOS, BETA, STEPS, UPDATES, BATCH, LR = "transfer", 500, 5.0, 500, 5, 128, 3e-3
+STUDY, DEMOS, BETA, STEPS, UPDATES, BATCH, LR = "transfer", 500, 5.0, 300, 5, 64, 3e-3
 WORLDS = {"left": ("left", 0.1), "left, windy": ("left", 0.3), "right": ("right", 0.1)}
 METHODS = ("BC", "MaxEnt linear", "MaxEnt deep", "AIRL state", "AIRL state-action", "GAIL")
 COPIES = "AIRL state-action", "GAIL"  # rewards that may be the expert's advantage, of actions as they were here
@@ -71,11 +71,11 @@ def adversary(world, script, reward, states, acts):
 
     for _ in range(STEPS):
         policy, _ = maxent_irl.soft_policy(world, earned())
-        own = world.sample(policy, 64)
+        own = world.sample(policy, 32)
         for _ in range(UPDATES):
             t = torch.randint(T - 1, (2, BATCH))
             logits = (
-                logit(policy, *own, t[0], torch.randint(64, (BATCH,))),
+                logit(policy, *own, t[0], torch.randint(32, (BATCH,))),
                 logit(policy, states, acts, t[1], torch.randint(DEMOS, (BATCH,))),
             )
             loss = gail.discriminator_loss(*logits)  # airl.py's is the same
