@@ -5,6 +5,7 @@ from results.studies import (
     demonstrations,
     extrapolation,
     model_error,
+    model_selection,
     ope,
     open_bandit,
     peer_iql,
@@ -14,7 +15,7 @@ from results.studies import (
 from results.tables.records import RESULTS
 
 STUDIES = extrapolation, cql_alpha, stitching, return_conditioning, model_error, demonstrations, peer_iql
-STUDIES += ope, open_bandit
+STUDIES += ope, open_bandit, model_selection
 
 
 def sections():
