@@ -1,10 +1,10 @@
 """Which of these policies is best? Candidates ranked without the environment, against the share of the data used.
 
 Checkpoints of six scripts at two ages, trained on the same data, are valued by FQE and by weighted DR with weights of
-at most 10, from 1 % to all of the episodes. DR's policies have noise of deviation 0.1 where they are deterministic, and
-its behaviour policy is estimated. Beside them the naive choice: what a candidate's own critics promise; BC has none, and
-IQL's are of scaled rewards. True is the discounted return in 20 episodes. Regrets are shares of the range from the worst
-candidate to the best. To fit a CPU: 2,000 and 10,000 updates, FQE 10,000 with tau 0.02; one seed.
+at most 10, from 1 % to all of the episodes. DR's policies have noise of deviation 0.1 where they are deterministic; its
+behaviour policy is estimated. Beside them the naive choice: what a candidate's own critics promise. BC has none, and
+IQL's are of scaled rewards. True is the discounted return in 20 episodes. Regrets are shares of the range from the
+worst candidate to the best. To fit a CPU: 2,000 and 10,000 updates, FQE 10,000 with tau 0.02; one seed.
 
 Usage: make studies, or python results/studies/model_selection.py
 """
