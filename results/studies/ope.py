@@ -4,7 +4,8 @@ Logs of the clinicians' policy, a tenth of whose actions are any, so that each h
 go from there towards the best one by a share, their distance. gamma 0.99; 100 logs of each size, drawn anew; Q is
 solved from counts, cross-fitted (doubly_robust.py). Asked: the error against the number of episodes, the distance, and
 the horizon, after which episodes are cut; the four corners, where Q is another policy's, or the probabilities are of
-another behaviour, or both, without and with a bound on the weights; truncation; and whether 95 % intervals hold the truth.
+another behaviour, or both, without a bound on the weights and with one; truncation; whether 95 % intervals hold the
+truth.
 
 Usage: make studies, or python results/studies/ope.py
 """
@@ -140,7 +141,7 @@ def findings():
         ]
         sentences.append(
             f"Expected, {weights}: DR is at least as good as the better of DM and WIS in three of the four corners. "
-            f"{'So it is' if len(better) >= 3 else 'Not so'}: in {', '.join(better) or 'none'} of them, with {NUMBER:,} "
+            f"{'So it is' if len(better) >= 3 else 'Not so'}: in {', '.join(better) or 'none'} of them, {NUMBER:,} "
             f"episodes. Root mean squared errors, {'; '.join(texts)}."
         )
     held = {name: numbers[str(NUMBER)][name]["held"] for name in ESTIMATORS}

@@ -6,6 +6,7 @@ from results.studies import (
     demonstrations,
     extrapolation,
     model_error,
+    model_selection,
     ope,
     open_bandit,
     peer_iql,
@@ -28,6 +29,7 @@ STUDIES = (
     transfer,
     ope,
     open_bandit,
+    model_selection,
     peer_iql,
 )
 
