@@ -59,6 +59,7 @@ studies: $(READY)  ## train and measure what results/studies/ asks (hours on a C
 	$(PYTHON) results/studies/return_conditioning.py
 	$(PYTHON) results/studies/model_error.py
 	$(PYTHON) results/studies/demonstrations.py
+	$(PYTHON) results/studies/switch.py
 	$(PYTHON) results/table.py
 	$(MAKE) .venv-peers/installed
 	$(PYTHON) results/studies/peer_iql.py

@@ -38,7 +38,8 @@ def runs_of(study, name):
 def train(study, name, script, steps, *words):
     """Trains `script` up to `steps` with the command-line words, going on from its own checkpoint; the checkpoint."""
     runs = runs_of(study, name)
-    command = [sys.executable, ROOT / "algorithms" / f"{script}.py", "--source", "collected", "--steps", steps, *words]
+    source = [] if script == "sac" else ["--source", "collected"]  # it has no data
+    command = [sys.executable, ROOT / "algorithms" / f"{script}.py", *source, "--steps", steps, *words]
     command += ["--resume"] * any(runs.rglob("checkpoint.pt"))
     print(" ".join(map(str, command[1:])), flush=True)
     done = subprocess.run(list(map(str, command)), env=os.environ | {"RUNS_DIR": str(runs)})

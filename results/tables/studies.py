@@ -8,10 +8,11 @@ from results.studies import (
     peer_iql,
     return_conditioning,
     stitching,
+    switch,
 )
 from results.tables.records import RESULTS
 
-STUDIES = extrapolation, cql_alpha, stitching, return_conditioning, model_error, demonstrations, peer_iql
+STUDIES = extrapolation, cql_alpha, stitching, return_conditioning, model_error, demonstrations, peer_iql, switch
 
 
 def sections():
