@@ -61,6 +61,7 @@ class Args:
     rew_scale: float | None = None  # rewards are scaled, then shifted
     rew_shift: float | None = None  # by this
     calibrated: bool = True  # no Q of the policy's actions is lowered below the data's return
+    online_alpha: float | None = None  # what alpha is at the switch; 0: SAC goes on; None: what it was
     offline_steps: int = 1_000_000  # updates of the offline phase; --checkpoint brings its own number
     checkpoint: str = ""  # of cql.py on the same data, instead of an offline phase
     offline_share: float | None = 0.5  # of each online batch, from the data; None: data and others are drawn alike
@@ -263,6 +264,8 @@ def train(args):
         if step <= args.offline_steps:
             offline_update(step <= args.bc_steps)
         else:
+            if step == args.offline_steps + 1 and args.online_alpha is not None:
+                log_alpha.data.fill_(args.online_alpha).log_()
             if obs is None:  # seeded by the step, so that a resumed run meets the same start states
                 obs, _ = env.reset(seed=10_000_000 * args.seed + step)
                 rewards = []

@@ -46,15 +46,26 @@ def collected(tmp_path_factory):
     return path
 
 
+def cut(collected, name, steps):
+    path = collected.with_name(name)
+    shutil.copy(collected, path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["task"] = json.dumps(json.loads(file.attrs["task"]) | {"max_episode_steps": steps})
+    return path
+
+
 @pytest.fixture(scope="session")
 def small(collected):
     """The same, but quickly evaluated: an episode is over after 100 steps."""
-    path = collected.with_name("small.hdf5")
-    shutil.copy(collected, path)
-    with h5py.File(path, "r+") as file:
-        file.attrs["task"] = json.dumps(json.loads(file.attrs["task"]) | {"max_episode_steps": 100})
+    path = cut(collected, "small.hdf5", 100)
     write_hdf5(path.with_name("cartpole.hdf5"), random_cartpole())
     return path
+
+
+@pytest.fixture(scope="session")
+def short(collected):
+    """And after 20 steps."""
+    return cut(collected, "short.hdf5", 20)
 
 
 def random_cartpole(transitions=2000):

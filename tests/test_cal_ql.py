@@ -36,7 +36,8 @@ MODES = [
     dict(threshold=0.5, bc_steps=40, critic_layers=2, offline_share=None),
     dict(threshold=8.0, bc_steps=0, max_target=True, backup_entropy=True, family="antmaze"),
     dict(threshold=0.3, variant="rho", max_target=True, family="pointmaze", rew_scale=0.0),
-    dict(rew_scale=0.0),
+    dict(rew_scale=0.0, online_alpha=0.0),
+    dict(threshold=0.5, online_alpha=1.5),
 ]
 
 
@@ -81,6 +82,8 @@ def test_update(mode, small, monkeypatch):
         obs, act, rew, next_obs, done, mc_return = batch
         assert obs.shape == (16, 11)
         rows, all_returns, of_data = data, returns, 16
+        if step == 6 and args.online_alpha is not None:
+            log_alpha.data.fill_(math.log(args.online_alpha) if args.online_alpha else -math.inf)
         if step > 5:
             world.act(squashed(actor, world.look(step), next(draws)[0])[0].detach())
             new_returns.append(-math.inf)

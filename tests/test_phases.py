@@ -3,7 +3,6 @@ offline sister, the exact resume within both phases."""
 
 import dataclasses
 import json
-import shutil
 
 import h5py
 import numpy as np
@@ -17,16 +16,6 @@ from results.checkpoint import load_checkpoint
 from results.run import Run
 
 BOTH = [name for name, module in MODULES.items() if hasattr(module.Args, "offline_steps")]
-
-
-@pytest.fixture(scope="module")
-def short(small):
-    """The same data, but an episode is over after 20 steps."""
-    path = small.with_name("short.hdf5")
-    shutil.copy(small, path)
-    with h5py.File(path, "r+") as file:
-        file.attrs["task"] = json.dumps(json.loads(file.attrs["task"]) | {"max_episode_steps": 20})
-    return path
 
 
 def made(n, room, share=None):

@@ -21,6 +21,7 @@ from results.studies import (
     peer_iql,
     return_conditioning,
     stitching,
+    switch,
     transfer,
 )
 from results.studies.common import once, runs_of, train, value_and_truth
@@ -359,3 +360,73 @@ def test_what_transfer_learns(monkeypatch):
             visited = torch.bincount(world.sample(policy, 2000)[0].flatten(), minlength=64) / 100_000
             far.append((visited - shown).abs().sum())
         assert far[0] < far[1], kind
+
+
+def test_cost_of_the_switch():
+    """By hand: the lowest within 50,000 steps, back from then on; without an offline phase no drop."""
+    curve = [[0, 50.0], [5_000, 60.0], [10_000, 20.0], [15_000, 49.0], [50_000, 50.0], [60_000, 10.0], [100_000, 70.0]]
+    expected = {"before": 50, "drop": 30, "back": 50_000, "final": 70, "regret": 1 - 259 / 600}
+    assert switch.cost(curve) == pytest.approx(expected)
+    assert switch.cost([[0, 50.0], [5_000, 49.0], [100_000, 49.5]])["back"] is None
+    assert switch.cost([[0, 50.0], [5_000, 55.0], [100_000, 49.5]])["drop"] == -5
+    row = switch.cost([[5_000, 10.0], [100_000, 40.0]])
+    assert row == {"before": None, "drop": None, "back": None, "final": 40, "regret": 0.75}
+    points = [{"step": step, "scores": [step / 10]} for step in (100, 200, 300)]
+    assert switch.curve_of({"args": {"offline_steps": 200}, "curve": points}) == [(0, 20), (100, 30)]
+    assert switch.curve_of({"args": {}, "curve": points})[0] == (100, 10)
+
+
+def test_stages_of_the_switch(short, in_process, folder, monkeypatch):
+    """Two methods from one checkpoint of CQL's, which is trained once, and one without an offline phase."""
+    monkeypatch.setattr(switch, "TASKS", (str(short),))
+    monkeypatch.setattr(switch, "SEEDS", (1,))
+    for name, value in (("OFFLINE", 4), ("ONLINE", 12), ("EVERY", 4)):
+        monkeypatch.setattr(switch, name, value)
+    small = ["--eval-episodes", 1, "--batch-size", 8]
+    cheap = [*small, "--n-actions", 2, "--critic-layers", 1]
+    methods = {}
+    for method in ("CQL", "SAC after CQL", "RLPD"):
+        script, words = switch.METHODS[method]
+        methods[method] = script, [*(small if script == "rlpd" else cheap), *words]
+    monkeypatch.setattr(switch, "METHODS", methods)
+    train = switch.train
+    begun = []
+
+    def train_cheaply(study, name, script, steps, *words):
+        begun.append(name.split()[0])
+        return train(study, name, script, steps, *(cheap if script == "cql" else []), *words)
+
+    monkeypatch.setattr(switch, "train", train_cheaply)
+    switch.measure()
+    rows = common.kept("switch")["curves"]
+    assert begun == ["cql", "CQL", "cql", "SAC", "RLPD"] and len(rows) == 3
+    assert [[step for step, _ in row["curve"]] for row in rows] == [[0, 4, 8, 12]] * 2 + [[4, 8, 12]]
+    assert rows[0]["curve"][0] == rows[1]["curve"][0]
+
+
+@pytest.mark.parametrize("expected", [True, False])
+def test_findings_of_switch(expected, folder):
+    low = {"IQL": 38, "AWAC": 38, "SPOT": 35, "Cal-QL": 39, "CQL": 20, "SAC after CQL": 1, "Off2On": 30}
+    end = {"IQL": 61, "AWAC": 60, "SPOT": 41, "Cal-QL": 45, "RLPD": 80, "SAC": 30}
+    if not expected:
+        low |= {"CQL": 39.5, "SAC after CQL": 36}
+        end |= {"AWAC": 59, "SPOT": 39}
+    curves = [
+        {
+            "method": method,
+            "task": task,
+            "seed": seed,
+            "curve": [[0, 40.0]] * (method in low)
+            + [[5_000, low.get(method, 5) + 0.1 * seed], [100_000, float(end.get(method, 42))]],
+        }
+        for method in switch.METHODS
+        for task in switch.TASKS
+        for seed in switch.SEEDS
+    ]
+    common.keep(switch.STUDY, curves=curves)
+    sentences = switch.findings()
+    verdicts = [sentence.split(". ")[1][:6] for sentence in sentences[:4]]
+    assert verdicts == (["So it "] * 4 if expected else ["Not so"] * 4)
+    assert "RLPD ends at 80.0" in sentences[4] and "IQL drops by 1.9 ± 0.1" in sentences[4]
+    switch.draw()
+    assert (folder / "switch.png").stat().st_size > 10_000

@@ -13,6 +13,7 @@ from results.studies import (
     q_divergence,
     return_conditioning,
     stitching,
+    switch,
     transfer,
 )
 from results.tables.records import RESULTS
@@ -30,6 +31,7 @@ STUDIES = (
     ope,
     open_bandit,
     model_selection,
+    switch,
     peer_iql,
 )
 
