@@ -392,9 +392,9 @@ def test_stages_of_the_switch(short, in_process, folder, monkeypatch):
     train = switch.train
     begun = []
 
-    def train_cheaply(study, name, script, steps, *words):
+    def train_cheaply(study, name, script, steps, *words, **source):
         begun.append(name.split()[0])
-        return train(study, name, script, steps, *(cheap if script == "cql" else []), *words)
+        return train(study, name, script, steps, *(cheap if script == "cql" else []), *words, **source)
 
     monkeypatch.setattr(switch, "train", train_cheaply)
     switch.measure()

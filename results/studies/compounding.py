@@ -116,7 +116,9 @@ def ropes():
 
 
 def measure():
-    keep(STUDY, ropes=once(STUDY, "tightrope", ropes), hopper=once(STUDY, "hopper", hopper))
+    walks = once(STUDY, "tightrope", [EPS, HORIZONS, SEEDS, LABELS, ROUNDS, PLACES], ropes)
+    runs = once(STUDY, "hopper", [TASK, STEPS, RUNS, EPISODES, BIN, METHODS], hopper)
+    keep(STUDY, commits=[row.pop("commit") for row in (walks, runs)], ropes=walks, hopper=runs)
 
 
 def costs(method, eps, labels):

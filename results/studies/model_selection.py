@@ -71,11 +71,13 @@ def measure():
         found = candidates(task)
         paths = list(found.values())
         truths = [
-            once(STUDY, f"{task} {name} truth", lambda path=path: value_and_truth(path, EPISODES))
+            once(STUDY, f"{task} {name} truth", [EPISODES], lambda path=path: value_and_truth(path, EPISODES))
             for name, path in found.items()
         ]
+        settings = [GAMMA, SCRIPTS, AGES, CHEAPER, STEPS, CAP]
         shares = {
-            share: once(STUDY, f"{task} {share}", lambda words=(task, share, paths): stage(*words)) for share in SHARES
+            share: once(STUDY, f"{task} {share}", settings, lambda words=(task, share, paths): stage(*words))
+            for share in SHARES
         }
         tasks[task] = {"names": list(found), "candidates": truths, "shares": shares}
     keep(STUDY, tasks=tasks)

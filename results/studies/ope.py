@@ -110,7 +110,8 @@ def measure():
     wrong_q = icu_sepsis.q_values(icu_sepsis.solve(GAMMA, worst=True), GAMMA)
     wrong = {"both right": {}, "wrong Q": {"wrong_q": wrong_q}, "wrong b": {"b": wrong_b}}
     wrong["both wrong"] = wrong["wrong Q"] | wrong["wrong b"]
-    stage = lambda name, *words, **more: once(STUDY, name, lambda: repeated(*words, **more))
+    settings = [GAMMA, LOGS, NUMBER, DISTANCE, RESAMPLES, CAP]
+    stage = lambda name, *words, **more: once(STUDY, name, settings, lambda: repeated(*words, **more))
     keep(
         STUDY,
         numbers={n: stage(f"n={n}", n, pi, truth, with_intervals=n == NUMBER) for n in NUMBERS},

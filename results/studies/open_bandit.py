@@ -59,7 +59,7 @@ def measure():
     for campaign in N_ITEMS:
         for by in ("bts", "random"):
             name = f"{campaign} from {by}"
-            cells[name] = once(STUDY, name, lambda words=(campaign, by): estimates(*words))
+            cells[name] = once(STUDY, name, [RESAMPLES], lambda words=(campaign, by): estimates(*words))
     keep(STUDY, cells=cells)
 
 

@@ -85,7 +85,8 @@ def tables(data):
 
 def deep(name, file, seed):
     """The same of a network: what it says of its own actions at the start, what is true of them. BCQ's brings BC."""
-    (script, options), runs = DEEP[name], runs_of(STUDY, f"{name} {file.stem}")
+    script, options = DEEP[name]
+    runs = runs_of(STUDY, f"{name} {file.stem}", [SETTINGS, options])
     args = script.Args(env=str(file), seed=seed, resume=any(runs.rglob("checkpoint.pt")), **SETTINGS, **options)
     with mock.patch.dict(os.environ, RUNS_DIR=str(runs)):  # in this process: another would spend seconds on its imports
         script.train(args)
@@ -108,16 +109,17 @@ def measure():
     task, points = find_task(TASK), []
     for seed in SEEDS:
         for size in SIZES:
-            file = runs_of(STUDY, f"{size} {seed}.hdf5")
+            file = runs_of(STUDY, f"{size} {seed}", []).with_suffix(".hdf5")
             data = collect(task, [("clinicians", size, seed)], f"{size} {seed}")
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_hdf5(file, data)
-            measured = once(STUDY, f"tables {size} {seed}", lambda data=data: tables(data))
+            measured = once(STUDY, f"tables {size} {seed}", [], lambda data=data: tables(data))
             for name in DEEP:
                 stage = lambda name=name, file=file, seed=seed: deep(name, file, seed)
-                measured |= once(STUDY, f"{name} {size} {seed}", stage)
-            points += [{"size": size, "seed": seed, "name": name, **point} for name, point in measured.items()]
+                measured |= once(STUDY, f"{name} {size} {seed}", [SETTINGS, DEEP[name][1]], stage)
+            known = {"size": size, "seed": seed, "commit": measured.pop("commit")}
+            points += [known | {"name": name, **point} for name, point in measured.items()]
     keep(STUDY, points=points)
 
 

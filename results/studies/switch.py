@@ -64,10 +64,13 @@ def measure():
         if words[-1:] == ["--checkpoint"]:
             offline = ["--env", task, "--seed", seed, "--eval-every", EVERY]
             words = [*words, train(STUDY, f"cql {task} {seed}", "cql", OFFLINE, *offline)]
-        return curve_of(load_checkpoint(train(STUDY, f"{method} {task} {seed}", script, ONLINE, *common, *words)))
+        source = None if script == "sac" else "collected"  # it has no data
+        checkpoint = train(STUDY, f"{method} {task} {seed}", script, ONLINE, *common, *words, source=source)
+        return {"curve": curve_of(load_checkpoint(checkpoint))}
 
     curves = [
-        {"method": method, "task": task, "seed": seed, "curve": once(STUDY, f"{method} {task} {seed} curve", run)}
+        {"method": method, "task": task, "seed": seed}
+        | once(STUDY, f"{method} {task} {seed} curve", [OFFLINE, ONLINE, EVERY, METHODS[method]], run)
         for task in TASKS
         for method in METHODS
         for seed in SEEDS
