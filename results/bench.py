@@ -77,7 +77,7 @@ def arguments(script, module, seeds, device, graph=True):
     changes = {"steps": LONG, "eval_every": LONG, "device": device}
     if not SCRIPTS[script].acts:
         changes |= {"seeds": seeds, "graph": graph}
-    if script == "sac":
+    if script in ("sac", "dqn"):
         changes["start_steps"] = 1  # it learns from the second on
     else:
         changes["source"] = "collected"
