@@ -216,7 +216,11 @@ def reproduce(args):
     for algo in args.algos:
         if algo not in ALGOS:
             raise UserError(f"Unknown algorithm '{algo}' in ALGOS; known are {', '.join(ALGOS)}.")
-    fingerprints = {env: load(env, args.source, "cpu").fingerprint for env in args.envs}  # collects what is missing
+    kinds = {SCRIPTS[ALGOS[algo][0]].discrete for algo in args.algos}
+    if len(kinds) == 2:
+        raise UserError("--algos has scripts for continuous and for discrete actions: one kind at a time.")
+    loaded = (load(env, args.source, "cpu", discrete=True in kinds) for env in args.envs)  # collects what is missing
+    fingerprints = dict(zip(args.envs, (data.fingerprint for data in loaded)))
     if args.runner == "ray":
         cpus, gpus = connect_ray()
     else:

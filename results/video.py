@@ -52,7 +52,8 @@ def render(checkpoint, seconds=8.0, width=240, seed=0):
         x = ((torch.as_tensor(obs, dtype=torch.float32) - data.obs_mean) / data.obs_std).expand(*agents, -1)
         more = [torch.full(agents, rew)] if hasattr(script, "Rollout") else []
         with torch.no_grad():
-            act = policy(x, *more).clamp(-1, 1).flatten(0, -2)[0].numpy()
+            act = policy(x, *more)
+        act = act.flatten()[0].item() if data.n_actions else act.clamp(-1, 1).flatten(0, -2)[0].numpy()
         obs, rew, terminated, truncated, _ = env.step(act)
         over, steps = terminated or truncated, steps + 1
     env.close()
