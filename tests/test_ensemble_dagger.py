@@ -52,6 +52,13 @@ def test_ensemble():
         assert torch.equal(getattr(ensemble_dagger, name)(obs, ours), getattr(hg_dagger, name)(obs, theirs))
 
 
+def test_buffer_size(tmp_path):
+    """The newest of what is labelled."""
+    ensemble_dagger.train(arguments(ensemble_dagger, "", steps=40, updates=1, buffer_size=30))
+    (path,) = tmp_path.rglob("checkpoint.pt")
+    assert torch.load(path, weights_only=True)["state"]["buffer"]["rows"].shape == (30, 27)
+
+
 def test_bad_input():
     with pytest.raises(UserError, match="--steps must be a multiple of --round-steps, 20, not 50"):
         ensemble_dagger.train(arguments(ensemble_dagger, "", steps=50))

@@ -83,6 +83,13 @@ def test_steps_stay(tmp_path):
         hg_dagger.train(dataclasses.replace(args, steps=60, resume=True))
 
 
+def test_buffer_size(tmp_path):
+    """The newest of what is labelled, here all."""
+    hg_dagger.train(arguments(hg_dagger, "", steps=40, updates=1, buffer_size=30, take_over=0.0, give_back=0.0))
+    (path,) = tmp_path.rglob("checkpoint.pt")
+    assert torch.load(path, weights_only=True)["state"]["buffer"]["rows"].shape == (30, 27)
+
+
 def test_bad_input():
     with pytest.raises(UserError, match="--steps must be a multiple of --round-steps, 20, not 50"):
         hg_dagger.train(arguments(hg_dagger, "", steps=50))

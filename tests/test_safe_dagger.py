@@ -65,6 +65,14 @@ def test_update(monkeypatch):
     assert 40 < counts["labels"] < 110 and counts["policy_steps"] == 120 - len(judged) and counts["falls"] > 2
 
 
+def test_buffer_size(tmp_path):
+    """The newest of what is labelled, of both; the expert's round of 20 steps is half for the classifier alone."""
+    safe_dagger.train(arguments(safe_dagger, "", steps=20, updates=1, buffer_size=9))
+    (path,) = tmp_path.rglob("checkpoint.pt")
+    state = torch.load(path, weights_only=True)["state"]
+    assert [state[name]["rows"].shape for name in ("buffer", "judged")] == [(9, 27)] * 2
+
+
 def test_bad_input():
     with pytest.raises(UserError, match="--steps must be a multiple of --round-steps, 20, not 50"):
         safe_dagger.train(arguments(safe_dagger, "", steps=50))
