@@ -48,7 +48,7 @@ def test_map():
     assert thin.move.argmax(-1).tolist()[:3] == [[0, 0, 0, 1], [1, 3, 0, 1], [2, 4, 2, 3]]
     nowhere = make_world("x", (" G", "~:"))
     assert nowhere.start.tolist() == [1 / 3, 0, 1 / 3, 1 / 3] and torch.equal(nowhere.features, torch.eye(4).double())
-    assert world.show(world.rew).splitlines()[1] == "     # -0.20  0.00"
+    assert world.show(world.rew).splitlines()[1] == "      #  -0.20   0.00"
 
 
 def test_visits_and_value():

@@ -78,8 +78,8 @@ class World:
 
     def show(self, values):
         """The map with a number in each cell, (S,) -> text."""
-        texts = {cell: f"{value:6.2f}" for cell, value in zip(self.cells, values.tolist())}
-        lines = [[texts.get((i, j), "     #") for j in range(len(row))] for i, row in enumerate(self.rows)]
+        texts = {cell: f"{value:7.2f}" for cell, value in zip(self.cells, values.tolist())}
+        lines = [[texts.get((i, j), "      #") for j in range(len(row))] for i, row in enumerate(self.rows)]
         return "\n".join(map("".join, lines))
 
 
