@@ -216,7 +216,7 @@ def reproduce(args):
     for algo in args.algos:
         if algo not in ALGOS:
             raise UserError(f"Unknown algorithm '{algo}' in ALGOS; known are {', '.join(ALGOS)}.")
-    kinds = {SCRIPTS[ALGOS[algo][0]].discrete for algo in args.algos}
+    kinds = {TRAINED[ALGOS[algo][0]].discrete for algo in args.algos}
     if len(kinds) == 2:
         raise UserError("--algos has scripts for continuous and for discrete actions: one kind at a time.")
     loaded = (load(env, args.source, "cpu", discrete=True in kinds) for env in args.envs)  # collects what is missing
