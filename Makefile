@@ -24,8 +24,8 @@ install: $(READY)  ## make .venv with everything that requirements.txt pins
 quickstart: $(READY)  ## install, collect a dataset, train TD3+BC on it, print its normalized score (minutes)
 	$(PYTHON) algorithms/td3_bc.py --env halfcheetah-medium --source collected --steps 20000
 
-test: $(READY) lint  ## the test suite
-	$(PYTHON) -m pytest
+test: $(READY) lint  ## the test suite, on two cores
+	$(PYTHON) -m pytest -n 2
 
 test-slow: $(READY)  ## the tests that need minutes: many kills, and the grid's runner on a real local Ray, which it installs
 	$(PYTHON) -m pip install --disable-pip-version-check -r requirements-ray.txt
