@@ -73,6 +73,9 @@ EQUIVALENT = {
         r"^args\.lr -> .* @ opt = ": "the schedule sets it before the first step",
         r"^-1 -> 1 @ (both|loss_v)": "the last of two axes",
     },
+    "hg_dagger": {
+        r"^1\.0 -> 2\.0 @ doubts = ": "any number below 0 stands for a step without a doubt",
+    },
     "iql": {
         r"^schedule=": "test_steps_may_grow of test_scripts",
         r"^(1|args\.expectile) -> .* @ (if not 0 <|raise )": "test_bad_expectile of test_scripts",

@@ -314,7 +314,7 @@ def test_findings_of_compounding(expected, folder):
     common.keep(compounding.STUDY, ropes=ropes, hopper=hopper)
     sentences = compounding.findings()
     assert [text.split(". ")[1][:6] for text in sentences] == (["So it "] * 3 if expected else ["Not so"] * 3)
-    assert ("slopes of log cost over log T are 2.00 ± 0.00 and 1.00" in sentences[0]) == expected
+    assert ("are 2.00 ± 0.00 of BC to T = 64, while eps T is small, and 1.00 ± 0.00 of" in sentences[0]) == expected
     assert compounding.late(hopper["BC"][0]) == pytest.approx(3.0) and "1750 ± 1768 of BC" in sentences[2]
     compounding.draw()
     assert (folder / "compounding.png").stat().st_size > 10_000
