@@ -68,7 +68,7 @@ def quick(tmp_path, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"method": "margin"}, {"steps": 2}, {"steps": 2, "method": "margin"}, {"demos": 4}, {"eps": 0.3}],
+    [{}, {"method": "margin"}, {"steps": 2}, {"steps": 2, "method": "margin"}, {"demos": 4, "eps": 0.05}, {"eps": 9.0}],
 )
 def test_update(changes, tmp_path, capsys):
     """The whole course, in NumPy, with the projection's formula as the paper has it, and a general optimiser for the
@@ -118,7 +118,7 @@ def test_update(changes, tmp_path, capsys):
             near, weights = (
                 x.numpy() for x in apprenticeship.nearest(torch.from_numpy(shown), torch.tensor(np.array(mus)))
             )
-    assert 2 <= len(mus) < 60
+    assert len(mus) == 1 if args.eps > 1 else 2 <= len(mus) < 60
     np.testing.assert_allclose(result["policies"], policies, atol=1e-9)
     np.testing.assert_allclose(result["weights"], weights, atol=1e-9)
     gap = np.linalg.norm(weights @ mus - shown) / np.linalg.norm(shown)
@@ -149,11 +149,9 @@ def test_bad_input(tmp_path):
 
 @pytest.mark.parametrize("method", ["project", "margin"])
 def test_expectations_that_nobody_has(method, tmp_path):
-    """One lucky trajectory is not to be matched: it ends where no mixture is nearer, and says how far."""
+    """One lucky trajectory is not to be matched: the end is where no mixture is 2 % nearer, and it says how far."""
     args = quick(tmp_path, method=method, demos=1, features="terrain")
-    result, best = (
-        apprenticeship.train(args),
-        apprenticeship.train(dataclasses.replace(args, method="margin", eps=1e-9)),
-    )
+    result = apprenticeship.train(args)
+    best = apprenticeship.train(dataclasses.replace(args, method="margin", eps=1e-9))
     assert torch.isfinite(result["weights"]).all() and len(result["weights"]) < 100
     assert 0.05 < best["feature_gap"] <= result["feature_gap"] < best["feature_gap"] / 0.97

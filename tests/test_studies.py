@@ -334,7 +334,7 @@ def test_findings_of_transfer(expected, folder):
 
     common.keep(transfer.STUDY, worlds={name: world(name) for name in transfer.WORLDS})
     home, wind, *verdicts = transfer.findings()
-    assert [text.split(". ")[1][:6] for text in (home, *verdicts)] == (["So it "] * 4 if expected else ["Not so"] * 4)
+    assert [text.split(". ")[1][:6] for text in (home, *verdicts)] == (["So it "] * 5 if expected else ["Not so"] * 5)
     assert "MaxEnt linear 95% ± 0" in wind and "with the soft policy MaxEnt linear 48% ± 1" in wind
     transfer.draw()
     assert (folder / "transfer.png").stat().st_size > 10_000
