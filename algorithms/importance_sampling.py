@@ -122,10 +122,11 @@ class Behaviour(nn.Module):
 def estimated(data, args):
     """The behaviour policy of most likelihood, as it acts in the data: log probabilities (N,) of their actions."""
     if data.n_actions:
-        _, state = np.unique(data.obs.cpu().numpy(), axis=0, return_inverse=True)
-        pairs = np.stack([state.ravel(), data.act.cpu().numpy().ravel().astype(int)], 1)
-        _, pair, together = np.unique(pairs, axis=0, return_inverse=True, return_counts=True)
-        return np.log(together[pair.ravel()] / np.bincount(state.ravel())[state.ravel()])
+        seen, state = np.unique(data.obs.cpu().numpy(), axis=0, return_inverse=True)
+        if len(seen) > len(data) / 2:
+            raise UserError("Observations hardly recur, and counts cannot estimate who acted: name --behaviour.")
+        pair = state.ravel() * data.n_actions + data.act.cpu().numpy().ravel().astype(int)
+        return np.log(np.bincount(pair)[pair] / np.bincount(state.ravel())[state.ravel()])
     mean, std = data.obs.mean(0), data.obs.std(0) + 1e-3
     net = Behaviour(data.obs_dim, data.act_dim).to(data.rows.device)
     policy = Gaussian("the estimated behaviour policy", lambda obs: net((obs - mean) / std), True)

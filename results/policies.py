@@ -88,10 +88,15 @@ def _load(path, data, std):
     if path.suffix != ".npz":
         return _checkpoint(path, data, std)
     _check_task(path, path.stem.split("-")[0], data)
-    behaviour = load_behaviour(path)  # on NumPy
+    load_behaviour(path)  # which says what is wrong with the file; it is on NumPy, and this is on the data's device
+    with np.load(path) as arrays:
+        layers = [torch.from_numpy(array.astype(np.float32)).to(data.rows) for array in arrays.values()]
 
     def forward(obs):
-        return [torch.from_numpy(array).to(obs) for array in behaviour(obs.cpu().numpy())]
+        W0, b0, W1, b1, W2, b2 = layers
+        h = F.linear(F.linear(obs, W0, b0).relu(), W1, b1).relu()
+        mean, log_std = F.linear(h, W2, b2).chunk(2, -1)
+        return mean, log_std.clamp(-20, 2)
 
     return Gaussian(str(path), forward, True)
 

@@ -1,15 +1,28 @@
 """DR against the enumeration of a chain's trajectories: exact with the true Q, unbiased with either part wrong."""
 
+import importlib.util
+
 import chain
 import numpy as np
 import pytest
 import torch
 from test_importance_sampling import FOUND, logs, printed
 
-from algorithms import doubly_robust
-from algorithms.doubly_robust import Args, estimators, fit_q, from_counts, from_critic, pad, train, with_tail
-from datasets import Dataset, Task, UserError
-from results.policies import Discrete
+from algorithms import doubly_robust, fqe
+from algorithms.doubly_robust import (
+    Args,
+    cross_fitted,
+    estimators,
+    fit_q,
+    from_counts,
+    from_critic,
+    pad,
+    train,
+    with_tail,
+)
+from datasets import Dataset, Task, UserError, collect_discrete, find_task
+from datasets.tasks import icu_sepsis
+from results.policies import Discrete, load_policies, log_probs
 
 CHANCES = chain.chances_under_b()[None]
 TRUTH = chain.value(chain.PI)
@@ -205,3 +218,28 @@ def test_train(cut, monkeypatch, tmp_path, capsys):
 def test_no_critic(collected):
     with pytest.raises(UserError, match="Where actions are continuous Q must be learned: fqe.py does"):
         train(Args(str(collected)))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("icu_sepsis") is None, reason="icu-sepsis is not installed")
+def test_states_that_are_looked_up(tmp_path, monkeypatch, capsys):
+    """ICU-Sepsis, whose rows have the numbers of states: the same as of its trajectories; FQE's truth is the exact
+    value of the probabilities."""
+    task = find_task("icu-sepsis-clinicians")
+    monkeypatch.setattr(collect_discrete, "SIZES", {task.name: 3_000})
+    data = collect_discrete.collect(task, collect_discrete.plan(task), "x")
+    table = icu_sepsis.soften(icu_sepsis.load_mdp().clinicians, 0.3)
+    np.save(tmp_path / "pi.npy", table)
+    (policy,) = load_policies([tmp_path / "pi.npy"], data)
+    state, act, rew, next_state, done = (column.numpy().ravel().astype(int) for column in data.split(data.rows))
+    np.testing.assert_allclose(log_probs(policy, data), np.log(table[state, act]), rtol=1e-4)
+    expected = cross_fitted(state, act, rew, next_state, done > 0, data.ends, table, 0.9)
+    np.testing.assert_allclose(from_counts(data, policy, 0.9)[:, :500], expected[:, :500], atol=0.03)
+    monkeypatch.setattr(fqe, "load", lambda *words: data)
+    fqe.train(fqe.Args((str(tmp_path / "pi.npy"),), steps=2, eval_every=2, batch_size=8, truth=1))
+    truth = float(capsys.readouterr().out.split("in the environment: ")[1].split()[0])
+    assert truth == pytest.approx(icu_sepsis.value(table, 0.99), rel=1e-3)
+
+
+def test_truncation_must_be_above_0():
+    with pytest.raises(UserError, match="--truncate must be above 0, not -1"):
+        train(Args(truncate=-1.0))

@@ -11,7 +11,7 @@ from test_doubly_robust import dataset
 from test_scripts import arguments, assert_equal, checkpoint_of, stopped, trained
 from update import Adam, assert_same, columns, episodes, leaves, mlp, polyak, table, trace
 
-from algorithms import awac, fqe, offline_sac, td3_bc
+from algorithms import awac, doubly_robust, fqe, offline_sac, td3_bc
 from datasets import Dataset, Task, UserError
 from datasets.collect import POLICIES
 from results.checkpoint import load_agent, load_checkpoint
@@ -183,6 +183,31 @@ def test_learns_the_chain(monkeypatch, tmp_path, capsys):
     fqe.train(fqe.Args((str(tmp_path / "pi.npy"),), **words))
     value = float(capsys.readouterr().out.split("pi.npy: ")[1].split(",")[0])
     assert value == pytest.approx(chain.q_values(chain.PI, horizon=400)[1][0, 0], rel=0.1)
+
+
+def test_doubly_robust_with_a_critic(small, tmp_path, monkeypatch, capsys):
+    """Where the policy is the one that acted, all weights are 1: DR is the mean of V(start) and what it left out."""
+    args = args_of([SNAPSHOT], small, steps=10, noise=True)
+    trained(tmp_path, monkeypatch, "critic", (fqe.train, args))
+    path = str(checkpoint_of(tmp_path / "critic"))
+    words = dict(critic=path, behaviour=SNAPSHOT, samples=2, resamples=20, seed=5, gamma=0.9)
+    capsys.readouterr()
+    doubly_robust.train(doubly_robust.Args(str(small), **words))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    printed = {words[0]: float(words[1]) for words in lines if words[:1] in (["DM"], ["DR"], ["WDR"])}
+    torch.manual_seed(5)
+    data = fqe.load(str(small))
+    (policy,), (critic,) = load_critics(path, data)
+    q, v, next_v = doubly_robust.from_critic(data, policy, critic, 2)
+    totals, starts = [], []
+    for rows in episodes(small):
+        discount = 0.9 ** np.arange(rows.stop - rows.start)
+        left = data.rew[rows].numpy() - q[rows] + v[rows]
+        tail = 0.9 * discount[-1] * next_v[rows.stop - 1] * (1 - data.done[rows.stop - 1].item())
+        totals.append(discount @ left + tail)
+        starts.append(v[rows.start])
+    assert printed["DM"] == pytest.approx(np.mean(starts), rel=1e-3)
+    assert printed["DR"] == printed["WDR"] == pytest.approx(np.mean(totals), rel=1e-3)
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -1,5 +1,6 @@
 """Importance sampling against the enumeration of a chain's trajectories, plain loops, and bad input."""
 
+import dataclasses
 import time
 
 import chain
@@ -196,6 +197,8 @@ def test_train(discrete, tmp_path, capsys):
         assert value == pytest.approx(by_hand(discrete, name), rel=1e-3)
         ends = interval(all_of_them[name], 60, 500, np.random.default_rng(3))
         np.testing.assert_allclose((low, high), ends, rtol=1e-3)
+    with pytest.raises(UserError, match="--truncate must be above 0, not 0"):
+        train(dataclasses.replace(args, truncate=0.0))
     args.truncate = 1.5
     train(args)
     assert all(
@@ -217,6 +220,14 @@ def test_estimated_behaviour(discrete, tmp_path, capsys):
     assert [row[0] for row in sizes] == ["1", "2", "4"]
     size = effective_sample_size(log_w)
     assert [float(row[1]) for row in sizes] == pytest.approx([size[0], size[1], size[3]], abs=0.06)
+
+
+def test_observations_that_do_not_recur():
+    rows = torch.randn(50, 9)
+    rows[:, 3] = 1
+    data = Dataset(Task("chain-logs"), "own", "", rows, [20, 50], 3, 1, 2)
+    with pytest.raises(UserError, match="Observations hardly recur, .* name --behaviour"):
+        importance_sampling.estimated(data, Args(()))
 
 
 def test_continuous(collected, capsys):
