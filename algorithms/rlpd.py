@@ -8,7 +8,7 @@
 
 SAC with layer norm in many critics, which learn utd times a step. As in the authors' code, the actor and alpha learn
 from the last of the utd batches. Differs from it: PyTorch's initial weights; two hidden layers in every task's actor.
-On a CPU take --utd 4 --n-critics 4: it makes some ten of the published size's updates a second, half a step's.
+On a CPU take --utd 4 --n-critics 4: one core makes some 1.5 steps a second at the published size.
 Usage: python algorithms/rlpd.py --env hopper-medium --steps 250000
 """
 

@@ -83,7 +83,9 @@ def arguments(script, module, seeds, device, graph=True):
     if hasattr(module.Args, "source"):
         changes["source"] = "collected"
     if hasattr(module.Args, "offline_steps"):
-        changes["offline_steps"] = 1  # what is measured acts
+        changes["offline_steps"] = 2  # what is measured acts
+    if script == "spot":
+        changes["vae_steps"] = 1
     if script == "bco":
         changes["pre_steps"] = 8000  # it learns from its first iteration on
     if script == "mopo":  # whose model, and rollouts, come before the first update, and are not counted
@@ -122,7 +124,7 @@ def measure(script, seeds, device, seconds, graph=True):
             if elapsed > 0.5 * seconds / ROUNDS:
                 rates.append(n * run.stride / elapsed)
             n = max(n, min(10 * n, int(n * seconds / ROUNDS / elapsed) // turn * turn))
-        run._checked = LONG - taken - run.stride  # so many steps were watched, not all up to the last
+        run._checked += LONG - taken - run.stride  # so many steps were watched, not all up to the last
         yield LONG  # the last one is evaluated
         loop.close()
         row.update(script=script, seeds=seeds, updates_per_s=round(float(np.median(rates)), 1))

@@ -115,7 +115,7 @@ class Run:
                 f"and this run is of {data.task.name} (data {data.fingerprint})."
             )
         if number != seeds:
-            raise UserError(f"{path} holds {number} agents, but {seeds} are wanted: train {sister}.py --seeds {seeds}.")
+            raise UserError(f"{path} is of --seeds {number}; what is wanted is one of {sister}.py --seeds {seeds}.")
         ours = dataclasses.asdict(self.args)
         differ = [f"{k} is {theirs[k]}" for k in ours if k in theirs.keys() - OF_ONE_PHASE and ours[k] != theirs[k]]
         if differ:

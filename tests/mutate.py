@@ -56,6 +56,10 @@ EQUIVALENT = {
         r"^args\.threshold -> ": "half of it has the same sign",
         r"^0 -> 1 @ loss = .* #2": "a number added to the loss has no gradient, and what is watched has not got it",
     },
+    "cal_ql": {
+        r"^args\.threshold -> ": "half of it has the same sign",
+        r"^0 -> 1 @ loss = .* #2": "a number added to the loss has no gradient, and what is watched has not got it",
+    },
     "gail": {
         r"^schedule=": "test_steps_may_grow of test_scripts",
         r"^args\.lr -> .* @ opt = ": "the schedule sets it before the first step",

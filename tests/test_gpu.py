@@ -48,6 +48,12 @@ def test_measure_takes_whole_turns(on_small, monkeypatch):
     assert len(on_small) == 1 + 3 * 20 + 1
 
 
+def test_measure_of_two_phases(on_small):
+    """The evaluation at the switch has looked at the losses so far; at the end all the others are looked at."""
+    row = bench.measure("spot", 1, "cpu", 0.1)
+    assert row["updates_per_s"] > 0 and len(on_small) > 3 and on_small[-1].offline_steps == 2
+
+
 def test_measure_sees_a_loss_that_is_not_finite(on_small, monkeypatch):
     watch = Run.watch
     monkeypatch.setattr(Run, "watch", lambda run, losses: watch(run, {k: v * float("nan") for k, v in losses.items()}))

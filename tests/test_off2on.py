@@ -200,7 +200,7 @@ def test_starts_from_several(small, tmp_path, monkeypatch):
         paths.append(checkpoint_of(tmp_path / str(seeds)))
     monkeypatch.setenv("RUNS_DIR", str(tmp_path / "online" / "runs"))
     start = lambda **changes: off2on.train(arguments(off2on, small, steps=10, **shared, **changes))
-    with pytest.raises(UserError, match="holds 1 agents, but 2 are wanted: train cql.py --seeds 2"):
+    with pytest.raises(UserError, match="is of --seeds 1; what is wanted is one of cql.py --seeds 2"):
         start(checkpoint=str(paths[0]))
     with pytest.raises(UserError, match="--members must be at least 2"):
         start(members=1)

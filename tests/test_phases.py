@@ -113,7 +113,7 @@ def test_starts_from_the_offline_sister(small, tmp_path, monkeypatch):
 def test_bad_checkpoints(small, tmp_path, monkeypatch):
     path = pretrained(small, tmp_path, monkeypatch, seeds=2)
     start = lambda **changes: iql_finetune.train(arguments(iql_finetune, small, steps=10, batch_size=32, **changes))
-    with pytest.raises(UserError, match=r"holds 2 agents, but 1 are wanted: train iql.py --seeds 1\."):
+    with pytest.raises(UserError, match=r"is of --seeds 2; what is wanted is one of iql.py --seeds 1\."):
         start(checkpoint=str(path))
     with pytest.raises(UserError, match="There is no checkpoint /nowhere"):
         start(checkpoint="/nowhere")
