@@ -46,6 +46,9 @@ EQUIVALENT = {
         r"^loss_(q|pi)\.detach\(\)": "Run.watch detaches what it keeps",
         r"if args\.log_actions else {} -> pass|^log\.earn": "test_log_repeats_the_buffer reads the log",
     },
+    "dqn": {
+        r"^loss\.detach\(\)": "Run.watch detaches what it keeps",
+    },
     "cql": {
         r"^args\.threshold -> ": "half of it has the same sign",
         r"^0 -> 1 @ loss = .* #2": "a number added to the loss has no gradient, and what is watched has not got it",
