@@ -247,6 +247,9 @@ def main(args):
         raise UserError("Give one task with --env, or --all alone.")
     for name in COLLECTED if args.all else [args.env]:
         task = find_task(name)
+        if args.all and name in collect_discrete.SIZES and not can_collect(task):
+            print(f"{name} is left out: its package, or its file of a training, is missing.")
+            continue
         path = Path(args.out) if args.out else collected_file(task)
         if args.out or not path.exists():
             collect(task, path, args.transitions)
@@ -255,7 +258,8 @@ def main(args):
         if args.minari:
             from datasets.minari_io import export_minari
 
-            export_minari(data, args.minari, "waypoint controller" if name in CONTROLLED else "SAC")
+            who = "table of probabilities" if task.family == "icu" else "DQN" if data.n_actions else "SAC"
+            export_minari(data, args.minari, "waypoint controller" if name in CONTROLLED else who)
 
 
 if __name__ == "__main__":

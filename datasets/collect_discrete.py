@@ -3,8 +3,9 @@
 replay: every transition of a training, from its log of seeds and actions, with which the games are played again.
 medium, expert: a snapshot of that training plays, and a tenth of its actions are random, as at the training's end.
 
-The logs and snapshots in datasets/policies/ are of
-    python algorithms/dqn.py --env cartpole --log-actions OPTIONS of cartpole.npz
+cartpole-replay.npz in datasets/policies/ is the log (ActionLog.write) that the checkpoint of this run held:
+    python algorithms/dqn.py --env cartpole --steps 20000 --buffer-size 20000 --start-steps 1000 --epsilon-steps 4000
+        --lr 1e-3 --target-every 200 --update-every 2 --eval-every 2000 --log-actions
 """
 
 import itertools

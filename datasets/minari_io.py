@@ -272,8 +272,10 @@ def export_minari(data, dataset_id, algorithm_name="SAC"):
     folder, task, env = _folder(dataset_id), data.task, data.task.make_env()
     if folder.exists():
         raise UserError(f"{folder} exists already; remove it, or give another id.")
-    columns = np.cumsum([data.obs_dim, data.act_dim, 1, data.obs_dim])
+    columns = np.cumsum([data.width, data.act_dim, 1, data.width])
     obs, act, rew, next_obs, done = np.split(data.rows.cpu().numpy(), columns, axis=1)
+    if data.frames is not None:
+        obs, next_obs = (data.frames.cpu().numpy()[x[:, 0].astype(int)] for x in (obs, next_obs))
     act = act[:, 0].astype(np.int64) + env.action_space.start if data.n_actions else act
     last = np.zeros(len(rew), bool)
     last[data.ends - 1] = True

@@ -52,6 +52,9 @@ EQUIVALENT = {
     "bear": {
         r"^args\.sigma -> .* @ if ": "half of it has the same sign",
     },
+    "dqn": {
+        r"^loss\.detach\(\)": "Run.watch detaches what it keeps",
+    },
     "cql": {
         r"^args\.threshold -> ": "half of it has the same sign",
         r"^0 -> 1 @ loss = .* #2": "a number added to the loss has no gradient, and what is watched has not got it",

@@ -89,7 +89,9 @@ def test_update(every, monkeypatch, tmp_path):
 @pytest.mark.parametrize("game", ["cartpole", "minatar-breakout"])
 def test_log_repeats_the_buffer(game, tmp_path):
     """Across a resume: each transition again, from seeds and actions, bit for bit; frames too."""
-    args = dict(env=game, start_steps=150, eval_every=200, eval_episodes=1, batch_size=8, log_actions=True)
+    args = dict(
+        env=game, start_steps=150, eval_every=200, eval_episodes=1, batch_size=8, epsilon_steps=50, log_actions=True
+    )
     dqn.train(dqn.Args(steps=200, **args))
     dqn.train(dqn.Args(steps=400, resume=True, **args))
     saved = load_checkpoint(checkpoint_of(tmp_path))["state"]

@@ -19,7 +19,6 @@ from datasets.errors import UserError
 CHANNELS = {"asterix": 4, "breakout": 4, "freeway": 7, "seaquest": 10, "space_invaders": 6}
 MAX_STEPS = 5000  # of an episode; the games but Freeway have no limit
 STICKY = 0.1
-REFERENCES = {"breakout": (0.38, 10.0)}  # of games with data: mean returns of random play, and of the expert's data
 
 
 @cache

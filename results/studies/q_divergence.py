@@ -7,6 +7,10 @@ commonest; and the clone. With networks that see a state's 47 features: offline 
 and BC, which is BCQ's imitation. To fit a CPU: 2,000 updates at a learning rate of 1e-3, a copy every 50.
 Nothing is discounted, so that all is a probability of survival; what is true is computed from the matrices.
 
+In a table CQL comes to rest where Q = target + alpha (1 - softmax(Q) / behaviour). Over the data's actions the mean of
+what is added is 0, but the best action gets more than the mean, the target takes the best action, and what is too much
+adds up along an episode: with rewards as small as these CQL promises too much, though it does what clinicians do.
+
 Usage: make studies, or python results/studies/q_divergence.py
 """
 
@@ -175,7 +179,7 @@ def draw():
         for axis in row[:2]:
             for value in (CLINICIANS, BEST):
                 axis.axhline(value, color="gray", linewidth=0.8, linestyle="--")
-        row[0].legend(fontsize=8)
+        row[1].legend(fontsize=8)
     for axis in axes[1]:
         axis.set(xlabel="steps of the clinicians' data; dashed: clinicians, best")
     save_figure(figure, STUDY)
