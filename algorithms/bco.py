@@ -124,7 +124,7 @@ def train(args):
     actor_opt = torch.optim.Adam(actor.parameters(), args.lr, fused=True)
     inverse_opt = torch.optim.Adam(inverse.parameters(), args.lr, fused=True)
     own = torch.zeros(args.buffer_size, 2 * O + A, device=run.device)  # obs, next_obs and act of the newest steps
-    both = lambda batch: torch.cat([batch.obs, batch.next_obs], -1).clamp(-10, 10)  # (B, 2 O)
+    both = lambda batch: torch.cat([batch.obs, batch.next_obs], -1)  # (B, 2 O)
     losses = {name: torch.zeros((), device=run.device) for name in ("model_loss", "actor_loss")}
 
     def learn(step):
@@ -139,7 +139,7 @@ def train(args):
             data.act.copy_(inverse(both(data))[0])  # act~
         for _ in range(updates):
             batch = data.sample(args.batch_size)
-            loss_pi = likelihood_loss(batch.act, *actor(batch.obs.clamp(-10, 10)))
+            loss_pi = likelihood_loss(batch.act, *actor(batch.obs))
             actor_opt.zero_grad()
             loss_pi.backward()
             actor_opt.step()

@@ -80,6 +80,10 @@ EQUIVALENT = {
         r"^args\.lr -> .* @ opt = ": "the schedule sets it before the first step",
         r"^-1 -> 1 @ (both|loss_v)": "the last of two axes",
     },
+    "bco": {
+        r"^-1 -> 1 @ both": "the last of two axes",
+        r"^loss_(m|pi)\.detach\(\)": "Run.watch detaches what it keeps",
+    },
     "hg_dagger": {
         r"^1\.0 -> 2\.0 @ doubts = ": "any number below 0 stands for a step without a doubt",
     },
