@@ -141,8 +141,8 @@ def load_critics_without_noise(path, data):
 
 
 def test_truth(policies, small, tmp_path, monkeypatch, capsys):
-    """What is printed: the mean of Q at the starts, its interval by bootstrap, and with --truth each policy's discounted
-    return from the task's start states."""
+    """What is printed: the mean of Q at the starts, its interval by bootstrap, and with --truth each policy's
+    discounted return from the task's start states."""
     args = args_of(policies[:2], small, steps=10, truth=2, gamma=0.9, seed=4)
     trained(tmp_path, monkeypatch, "truth", (fqe.train, args))
     lines, rng = capsys.readouterr().out.strip().splitlines()[-4:], np.random.default_rng(4)
@@ -184,9 +184,11 @@ def test_share(small, policies, monkeypatch):
     whole = fqe.load(str(small))
     assert all(len(data.ends) == int(0.2 * len(whole.ends)) for data in seen)
     assert torch.equal(seen[0].rows, seen[1].rows) and seen[0].rows.shape != seen[2].rows.shape
-    assert len(seen[0].rows.unique(dim=0)) == len(seen[0].rows)  # no episode twice
-    fqe.train(args_of(policies[:1], small, share=1e-6))
-    assert len(seen[-1].ends) == 1
+    for share in (0.9, 1e-6):
+        fqe.train(args_of(policies[:1], small, share=share))
+    assert (
+        len(seen[-2].rows.unique(dim=0)) == len(seen[-2].rows) and len(seen[-1].ends) == 1
+    )  # none twice; one at least
     with pytest.raises(UserError, match=r"--share must lie in \(0, 1\], not 2"):
         fqe.train(args_of(policies[:1], small, share=2.0))
 
