@@ -63,6 +63,10 @@ EQUIVALENT = {
         r"^args\.threshold -> ": "half of it has the same sign",
         r"^0 -> 1 @ loss = .* #2": "a number added to the loss has no gradient, and what is watched has not got it",
     },
+    "fqe": {r"^1000 -> 1001": "how many resamples an interval is of"},
+    "importance_sampling": {
+        r"^20 -> 21": "up to which power of 2 steps are printed, of longer episodes than there are"
+    },
     "gail": {
         r"^schedule=": "test_steps_may_grow of test_scripts",
         r"^args\.lr -> .* @ opt = ": "the schedule sets it before the first step",

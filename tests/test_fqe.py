@@ -1,6 +1,7 @@
 """FQE's whole update against the paper's (arXiv:1903.08738, Algorithm 3) with Deep OPE's network and optimiser."""
 
 import dataclasses
+import re
 
 import chain
 import h5py
@@ -139,18 +140,30 @@ def load_critics_without_noise(path, data):
         return load_critics(path, data)
 
 
-def test_truth(policies, small, capsys):
-    """--truth: the discounted return of each policy from the task's start states."""
-    fqe.train(args_of(policies[:2], small, steps=10, truth=2, gamma=0.9, seed=4))
-    lines = capsys.readouterr().out.strip().splitlines()[-4:]
-    for k, path in enumerate(policies[:2]):
-        _, _, data, policy = load_agent(path)
-        returns, words = data.evaluate(policy, 2, 4 + k, gamma=0.9), lines[2 + k].split(" in the environment: ")
+def test_truth(policies, small, tmp_path, monkeypatch, capsys):
+    """What is printed: the mean of Q at the starts, its interval by bootstrap, and with --truth each policy's
+    discounted return from the task's start states."""
+    args = args_of(policies[:2], small, steps=10, truth=2, gamma=0.9, seed=4)
+    trained(tmp_path, monkeypatch, "truth", (fqe.train, args))
+    lines, rng = capsys.readouterr().out.strip().splitlines()[-4:], np.random.default_rng(4)
+    data = fqe.load(str(small))
+    starts = data.obs[np.r_[0, data.ends[:-1]]]
+    loaded, critics = load_critics_without_noise(checkpoint_of(tmp_path / "truth"), data)
+    for k, (path, pi, q) in enumerate(zip(policies, loaded, critics)):
+        own = q(starts, pi.act(starts, False)).double().numpy()
+        means = own[rng.integers(len(own), size=(1000, len(own)))].mean(1)
+        words = re.fullmatch(r": (\S+), 95 % interval (\S+) to (\S+)", lines[k].removeprefix(path)).groups()
+        value, low, high = map(float, words)
+        np.testing.assert_allclose((value, low, high), (own.mean(), *np.quantile(means, (0.025, 0.975))), rtol=2e-3)
+        assert lines[k].startswith(path)
+        _, _, data_of_agent, policy = load_agent(path)
+        returns, words = (
+            data_of_agent.evaluate(policy, 2, 4 + k, gamma=0.9),
+            lines[2 + k].split(" in the environment: "),
+        )
         value, error = (float(word) for word in words[1].split(" ± "))
         assert words[0] == path and value == pytest.approx(returns.mean(), rel=1e-3)
         assert error == pytest.approx(returns.std() / np.sqrt(2), rel=0.06)
-        low, high = (float(word) for word in lines[k].split("interval ")[1].split(" to "))
-        assert lines[k].startswith(path) and low < float(lines[k].split(": ")[1].split(",")[0]) < high
 
 
 def test_truth_of_data_without_environment(small, policies, tmp_path):
@@ -159,7 +172,7 @@ def test_truth_of_data_without_environment(small, policies, tmp_path):
         for key in ("observations", "actions", "rewards", "terminals", "timeouts"):
             own[key] = file[key][:]
     with pytest.raises(UserError, match="cannot be evaluated: no environment is known"):
-        fqe.train(fqe.Args((policies[0],), str(tmp_path / "hopper.hdf5"), truth=1))
+        fqe.train(fqe.Args((policies[0],), str(tmp_path / "hopper.hdf5"), steps=2, truth=1))
 
 
 def test_share(small, policies, monkeypatch):
@@ -171,6 +184,11 @@ def test_share(small, policies, monkeypatch):
     whole = fqe.load(str(small))
     assert all(len(data.ends) == int(0.2 * len(whole.ends)) for data in seen)
     assert torch.equal(seen[0].rows, seen[1].rows) and seen[0].rows.shape != seen[2].rows.shape
+    for share in (0.9, 1e-6):
+        fqe.train(args_of(policies[:1], small, share=share))
+    assert (
+        len(seen[-2].rows.unique(dim=0)) == len(seen[-2].rows) and len(seen[-1].ends) == 1
+    )  # none twice; one at least
     with pytest.raises(UserError, match=r"--share must lie in \(0, 1\], not 2"):
         fqe.train(args_of(policies[:1], small, share=2.0))
 
@@ -208,6 +226,29 @@ def test_doubly_robust_with_a_critic(small, tmp_path, monkeypatch, capsys):
         starts.append(v[rows.start])
     assert printed["DM"] == pytest.approx(np.mean(starts), rel=1e-3)
     assert printed["DR"] == printed["WDR"] == pytest.approx(np.mean(totals), rel=1e-3)
+
+
+def test_discrete(monkeypatch, tmp_path):
+    """What an environment is given are the indices of each policy's actions; states are not normalized, and rewards of
+    0 have no largest return to be divided by."""
+    np.save(tmp_path / "pi.npy", np.array([[0.0, 1], [1, 0], [0, 1]]))
+    np.save(tmp_path / "b.npy", np.array([[1.0, 0], [1, 0], [1, 0]]))
+    data, played = dataset(20), []
+    data.rew[:] = 0
+    monkeypatch.setattr(fqe, "load", lambda *words: data)
+    monkeypatch.setattr(Task, "make_env", lambda task: None)
+
+    def evaluate(data, play, episodes, seed, seeds, gamma):
+        played.append(play(torch.eye(3).expand(seeds, 3, 3)))
+        return np.zeros((seeds, episodes))
+
+    monkeypatch.setattr(Dataset, "evaluate", evaluate)
+    paths = str(tmp_path / "pi.npy"), str(tmp_path / "b.npy")
+    fqe.train(fqe.Args(paths, steps=2, eval_every=2, batch_size=4, truth=1))
+    assert played[0].tolist() == [[1, 0, 1], [0, 0, 0]]
+    saved = load_checkpoint(checkpoint_of(tmp_path))
+    assert saved["obs_std"].eq(1).all() and saved["obs_mean"].eq(0).all()
+    assert saved["state"]["scale"].item() == pytest.approx(1e-6)
 
 
 @pytest.mark.parametrize("k", [1, 2])

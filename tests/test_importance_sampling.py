@@ -190,6 +190,10 @@ def test_train(discrete, tmp_path, capsys):
         (str(tmp_path / "pi.npy"),), behaviour=str(tmp_path / "b.npy"), gamma=chain.GAMMA, resamples=500, seed=3
     )
     train(args)
+    shown = capsys.readouterr().out
+    print(shown)
+    mean = np.mean([sum(chain.GAMMA**t * r for t, r in enumerate(item[2])) for item in discrete])
+    assert f"Discounted return of the data: {mean:.4g}\n\n{args.policies[0]}\n" in shown
     rows = printed(capsys)
     assert list(rows) == ["IS", "WIS", "PDIS", "WPDIS"]
     all_of_them = estimators(*logs(discrete), chain.GAMMA)
@@ -204,6 +208,22 @@ def test_train(discrete, tmp_path, capsys):
     assert all(
         value[0] == pytest.approx(by_hand(discrete, name, 1.5), rel=1e-3) for name, value in printed(capsys).items()
     )
+
+
+def test_estimators_without_a_result(discrete, tmp_path, monkeypatch, capsys):
+    """Each says why, and the others go on."""
+
+    def failing(log_w, rew, discount, weighted, counts=None):
+        if not weighted:
+            raise UserError("It overflows.")
+        return estimate(log_w, rew, discount, weighted, counts)
+
+    monkeypatch.setattr(importance_sampling, "estimate", failing)
+    train(Args((str(tmp_path / "pi.npy"),), resamples=10))
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines() if line.endswith("none   It overflows.")] == ["IS", "PDIS"]
+    print(shown)
+    assert list(printed(capsys)) == ["WIS", "WPDIS"]
 
 
 def test_estimated_behaviour(discrete, tmp_path, capsys):
