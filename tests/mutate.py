@@ -105,6 +105,12 @@ EQUIVALENT = {
         r"^if step == 1 -> if True": "a fit that has ended does not go on",
         r"^schedule=": "test_steps_may_grow of test_scripts",
     },
+    "rlpd": {r"^loss_(q|pi)\.detach\(\)": "Run.watch detaches what it keeps"},
+    "off2on": {
+        r"^loss_(q|pi|w)\.detach\(\)": "Run.watch detaches what it keeps",
+        r"^args\.threshold -> ": "half of it has the same sign",
+        r"^0 -> 1 @ loss = .* #2": "a number added to the loss has no gradient, and what is watched has not got it",
+    },
 }
 LIMIT = 120  # seconds of one change, of a processor; ten times that by the clock, for others may have it
 for name in ("results.run", "torch._dynamo", "tyro"):  # what each child would import, here once
