@@ -84,4 +84,4 @@ def test_checkpoint_keeps_the_threshold(small, tmp_path):
 @pytest.mark.parametrize("threshold", [-0.1, 1.1])
 def test_bad_threshold(threshold, small):
     with pytest.raises(UserError, match=rf"--threshold must lie in \[0, 1\], not {threshold}"):
-        discrete_bcq.train(arguments(discrete_bcq, small, threshold=threshold))
+        discrete_bcq.train(arguments(discrete_bcq, small, steps=2, threshold=threshold))
