@@ -7,9 +7,9 @@ commonest; and the clone. With networks that see a state's 47 features: offline 
 and BC, which is BCQ's imitation. To fit a CPU: 2,000 updates at a learning rate of 1e-3, a copy every 50.
 Nothing is discounted, so that all is a probability of survival; what is true is computed from the matrices.
 
-In a table CQL comes to rest where Q = target + alpha (1 - softmax(Q) / behaviour). Over the data's actions the mean of
-what is added is 0, but the best action gets more than the mean, the target takes the best action, and what is too much
-adds up along an episode: with rewards as small as these CQL promises too much, though it does what clinicians do.
+Why CQL promises too much here is not settled. A part may be this: in a table it comes to rest where Q = target +
+alpha (1 - softmax(Q) / behaviour). Over the data's actions the mean of what is added is 0, but the best action gets
+more, and the target takes the best. 2,000 updates may also be too few; rewards as small as these make either matter.
 
 Usage: make studies, or python results/studies/q_divergence.py
 """
