@@ -107,6 +107,7 @@ EQUIVALENT = {
     },
     "rlpd": {r"^loss_(q|pi)\.detach\(\)": "Run.watch detaches what it keeps"},
     "off2on": {
+        r"^-1 -> 1 @ return weight": "the last of two axes",
         r"^loss_(q|pi|w)\.detach\(\)": "Run.watch detaches what it keeps",
         r"^args\.threshold -> ": "half of it has the same sign",
         r"^0 -> 1 @ loss = .* #2": "a number added to the loss has no gradient, and what is watched has not got it",

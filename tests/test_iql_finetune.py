@@ -51,6 +51,7 @@ def test_update(name, share, size, small, monkeypatch):
     nets = {name: leaves(traced.start[name]) for name in ("actor", "critic", "critic_target", "value")}
     actor, critic, critic_target, value = nets.values()
     assert_same(critic, critic_target)
+    assert [len(x) for x in value.values()] == [256] * 4 + [1] * 2
     log_std, mean_params = actor["log_std"], {key: x for key, x in actor.items() if key != "log_std"}
     opts = Adam(actor, 2e-4), Adam(critic, 2e-4), Adam(value, 2e-4)
     world = World(load(str(small)).task, 3, mean, std, lambda rew: scale * rew - 2)

@@ -69,7 +69,7 @@ def test_update(mode, small, monkeypatch):
     ]
     assert not torch.equal(*(member["actor"]["net.0.weight"] for member in members))
     weight = leaves(traced.start["weight"])
-    assert weight["4.bias"].item() == 1
+    assert weight["4.bias"].item() == 1 and [len(x) for x in weight.values()] == [256] * 4 + [1] * 2
     log_temperature = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2)]
     log_alpha = [torch.tensor(math.log(2.5), dtype=torch.float64, requires_grad=True) for _ in range(2)]
     opts = [
@@ -205,7 +205,7 @@ def test_starts_from_several(small, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="--members must be at least 2"):
         start(members=1)
     for share in (0.0, 1.0):
-        with pytest.raises(UserError, match=r"--online-share must lie in \(0, 1\), not "):
+        with pytest.raises(UserError, match=rf"--online-share must lie in \(0, 1\), not {share}\."):
             start(online_share=share)
     start(checkpoint=str(paths[1]))  # ten steps that act, and no update yet
     theirs, ours = (torch.load(path)["state"] for path in (paths[1], checkpoint_of(tmp_path / "online")))
