@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, start
 
 from results import bench, run, table
-from results.tables import agreement, curves, imitation, records, runs, scores, speed, summary
+from results.tables import agreement, curves, imitation, interactive, records, runs, scores, speed, summary
 from results.tables.records import compared, read_cells, read_published
 from tests.scripts import SCRIPTS, Script
 
@@ -215,6 +215,17 @@ def test_imitation(folder):
         "| 4 of hopper-expert (collected) | BC lr=0.1 | 0.0 | 4000 | 0% | 1 x 8,000 |",
         "| 4 of hopper-expert (collected) | GAIL | 2000.0 ± 707.1 | 4000 | 50% | 2 x 8,000 |",
     ]
+
+
+def test_interactive(folder):
+    """Means over seeds of the score, and of what the expert was asked for; runs that asked nobody are not there."""
+    run = {"algorithm": "dagger", "env": "hopper-expert", "source": "online", "steps": 4000}
+    for seed, labels in enumerate((1000.0, 3000.0)):
+        end = {"step": 4000, "score": 1.0, "losses": {"labels": labels, "takeovers": 5.0, "falls": seed}}
+        write(folder, f"seed={seed}", seed=seed, score=80.0 + seed, curve=[{"step": 1, "losses": {}}, end], **run)
+    write(folder, "seed=0", algorithm="bc", env="hopper-expert")
+    lines = interactive.table(cells_in(folder), {}, []).splitlines()
+    assert lines[2:] == ["| hopper-expert | DAgger | 80.5 ± 0.7 | 2,000 | 5 | 0 | 2 x 4,000 |"]
 
 
 def test_summary(folder):
