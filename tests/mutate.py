@@ -64,8 +64,10 @@ EQUIVALENT = {
         r"^0 -> 1 @ loss = .* #2": "a number added to the loss has no gradient, and what is watched has not got it",
     },
     "fqe": {r"^1000 -> 1001": "how many resamples an interval is of"},
+    "doubly_robust": {r"^args\.truncate -> .* @ if ": "half of it has the same sign"},
     "importance_sampling": {
-        r"^20 -> 21": "up to which power of 2 steps are printed, of longer episodes than there are"
+        r"^args\.truncate -> .* @ (if|raise )": "half of it has the same sign; what is said is a test's",
+        r"^20 -> 21": "up to which power of 2 steps are printed, of longer episodes than there are",
     },
     "gail": {
         r"^schedule=": "test_steps_may_grow of test_scripts",

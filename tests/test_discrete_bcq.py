@@ -8,7 +8,7 @@ from test_scripts import arguments, checkpoint_of
 from update import Adam, assert_same, columns, leaves, mlp, table, trace
 
 from algorithms import discrete_bcq
-from datasets import UserError
+from datasets import Dataset, UserError
 from results.checkpoint import load_agent, load_checkpoint
 
 
@@ -70,13 +70,19 @@ def test_threshold():
     assert not torch.equal(act[0.3], act[0.0]) and not torch.equal(act[0.3], act[1.0])
 
 
-def test_checkpoint_keeps_the_threshold(small, tmp_path):
-    """What a checkpoint acts by is the run's threshold, not the default."""
-    discrete_bcq.train(arguments(discrete_bcq, small, steps=10, threshold=1.0))
+def test_checkpoint_keeps_the_threshold(small, tmp_path, monkeypatch):
+    """What is evaluated, and what a checkpoint acts by, has the run's threshold, not the default."""
+    obs, evaluated = torch.randn(500, 4), []
+    with monkeypatch.context() as patch:
+        evaluate = lambda data, policy, episodes, *_: evaluated.append(policy(obs)) or np.zeros(episodes)
+        patch.setattr(Dataset, "evaluate", evaluate)
+        discrete_bcq.train(arguments(discrete_bcq, small, steps=10, threshold=0.999))
     _, _, data, policy = load_agent(checkpoint_of(tmp_path))
-    obs = torch.randn(500, 4)
-    saved = load_checkpoint(checkpoint_of(tmp_path))["state"]["critic"]
-    q, logits = (mlp(head, obs) for head in heads(saved))
+    assert torch.equal(policy(obs), evaluated[-1])
+    discrete_bcq.train(arguments(discrete_bcq, small, steps=10, threshold=1.0))
+    (path,) = (path for path in tmp_path.rglob("checkpoint.pt") if "threshold=1.0" in str(path))
+    _, _, data, policy = load_agent(path)
+    q, logits = (mlp(head, obs) for head in heads(load_checkpoint(path)["state"]["critic"]))
     assert torch.equal(policy(obs), logits.argmax(1)) and not torch.equal(policy(obs), q.argmax(1))
     assert data.n_actions == 2
 

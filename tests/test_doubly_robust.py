@@ -240,6 +240,7 @@ def test_states_that_are_looked_up(tmp_path, monkeypatch, capsys):
     assert truth == pytest.approx(icu_sepsis.value(table, 0.99), rel=1e-3)
 
 
-def test_truncation_must_be_above_0():
-    with pytest.raises(UserError, match="--truncate must be above 0, not -1"):
-        train(Args(truncate=-1.0))
+@pytest.mark.parametrize("truncate", [-1.0, 0.0])
+def test_truncation_must_be_above_0(truncate):
+    with pytest.raises(UserError, match=f"--truncate must be above 0, not {truncate}"):
+        train(Args(truncate=truncate))

@@ -35,9 +35,7 @@ def test_update(every, monkeypatch, tmp_path):
     The updates are exact; what the environment says is kept in float32, and compared so."""
     forward = dqn.Critic.forward
     monkeypatch.setattr(dqn.Critic, "forward", lambda critic, obs: forward(critic, obs.double()))  # it acts on float32
-    changes = dict(
-        seed=3, start_steps=20, buffer_size=50, epsilon=0.3, epsilon_steps=24, update_every=2, target_every=6
-    )
+    changes = dict(seed=3, start_steps=20, buffer_size=50, epsilon=0.3, epsilon_steps=4, update_every=2, target_every=8)
     args = arguments(dqn, "", steps=60, batch_size=16, gamma=0.9, lr=1e-2, snapshot_every=every, **changes)
     traced = trace(dqn, monkeypatch, args)
 
@@ -54,7 +52,7 @@ def test_update(every, monkeypatch, tmp_path):
             assert_same({name: torch.from_numpy(saved[name]).double() for name in saved}, critic, "saved", 1e-3, 1e-7)
         if obs is None:
             obs, _ = env.reset(seed=30_000_000 + step)
-        epsilon = np.interp(step, [20, 44], [1, 0.3])
+        epsilon = np.interp(step, [20, 24], [1, 0.3])
         kind, chance = next(draws)
         assert kind == "rand"
         if chance < epsilon:
@@ -76,7 +74,7 @@ def test_update(every, monkeypatch, tmp_path):
             target = (batch.rew + 0.9 * (1 - batch.done) * next_q).detach()
             loss = huber(mlp(critic, batch.obs)[torch.arange(16), batch.act] - target).mean()
             opt.step(loss)
-            if step % 6 == 0:
+            if step % 8 == 0:
                 critic_target = leaves(critic)
             losses = {"critic_loss": loss}
         assert_same(losses, watched, f"step {step}")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from algorithms import importance_sampling
+from algorithms import importance_sampling, td3_bc
 from algorithms.importance_sampling import (
     Args,
     effective_sample_size,
@@ -266,3 +266,31 @@ def test_continuous(collected, capsys):
         return (log_probs(policy, data) - importance_sampling.estimated(data, Args((), steps=steps, lr=3e-3))).mean()
 
     assert 0 < divergence(200) < 1 < divergence(1)
+
+
+def test_deterministic(collected, tmp_path, capsys):
+    """With noise of --std it has a density, as whoever acted and as what is valued: then all weights are 1."""
+    td3_bc.train(td3_bc.Args(str(collected), steps=2, eval_every=2, eval_episodes=1, batch_size=8, device="cpu"))
+    checkpoint = str(next(tmp_path.rglob("checkpoint.pt")))
+    train(Args((checkpoint,), str(collected), behaviour=checkpoint, std=0.3, truncate=1.0, resamples=20))
+    capsys.readouterr()
+    train(Args((checkpoint,), str(collected), behaviour=checkpoint, std=0.3, resamples=20))
+    data = importance_sampling.load(str(collected), discrete=None)
+    rew = pad(data.rew.numpy(), data.ends)
+    mean = (rew @ 0.99 ** np.arange(rew.shape[1])).mean()
+    assert all(value[0] == pytest.approx(mean, rel=1e-3) for value in printed(capsys).values())
+
+
+def test_seed(collected, capsys):
+    """The estimated behaviour policy, and so all that is printed, goes by the seed."""
+    shown = []
+    for seed in (3, 3, 1):
+        train(Args((str(POLICIES / "hopper-0105000.npz"),), str(collected), seed=seed, steps=3, resamples=5))
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] != shown[2]
+
+
+@pytest.mark.parametrize("truncate", [-1.0, 0.0])
+def test_truncation_must_be_above_0(truncate):
+    with pytest.raises(UserError, match=f"--truncate must be above 0, not {truncate}"):
+        train(Args((), truncate=truncate))
