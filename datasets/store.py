@@ -117,13 +117,23 @@ def read_hdf5(path, device="cpu", eval_env=""):
 
 def _own_file(path, device, eval_env):
     rows, ends, O, A = transitions(path, own=True)
-    task = Task(Path(path).stem, eval_env, max_episode_steps=None, obs_dim=O, act_dim=A)
+    with h5py.File(path) as file:  # integers, one a step: discrete actions
+        act = file["actions"]
+        discrete = act.ndim == 1 and np.issubdtype(act.dtype, np.integer)
+        least, most = (int(act[:].min()), int(act[:].max())) if discrete else (0, -1)
+    if least < 0:
+        raise UserError(f"{path} has the action {least}; discrete ones count from 0.")
+    task, n_actions = Task(Path(path).stem, eval_env, max_episode_steps=None, obs_dim=O, act_dim=A), most + 1
     if eval_env:
         env = task.make_env()
-        sizes = env.observation_space.shape, env.action_space.shape
-        if sizes != ((O,), (A,)):
-            raise UserError(f"{path} has {O} observations and {A} actions, --eval-env {eval_env} {sizes}.")
-    return make_dataset(task, "file", path, rows, ends, O, A, device=device)
+        theirs = env.observation_space.shape, env.action_space.shape
+        if theirs != ((O,), () if discrete else (A,)):
+            kind = f"{n_actions} discrete" if discrete else A
+            raise UserError(f"{path} has {O} observations and {kind} actions, --eval-env {eval_env} {theirs}.")
+        if discrete and n_actions > env.action_space.n:
+            raise UserError(f"{path} has {n_actions} discrete actions, --eval-env {eval_env} {env.action_space.n}.")
+        n_actions = int(env.action_space.n) if discrete else 0  # also those that nobody took
+    return make_dataset(task, "file", path, rows, ends, O, A, n_actions, device)
 
 
 def transitions(path, max_episode_steps=None, own=False):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -73,6 +74,38 @@ def test_file_of_frames(tmp_path):
     assert again.frames.dtype == torch.uint8
     write_hdf5(tmp_path / "y.hdf5", random_cartpole())
     assert read_hdf5(tmp_path / "y.hdf5").frames is None
+
+
+def test_own_file(tmp_path):
+    """Integers, one a step, are discrete actions, of the environment's number; numbers with a point are not."""
+    path, data = tmp_path / "mine.hdf5", random_cartpole()
+    act = data.act[:, 0].numpy().astype(np.int64)
+
+    def write(act):
+        with h5py.File(path, "w") as file:
+            file["observations"], file["next_observations"] = data.obs.numpy(), data.next_obs.numpy()
+            file["actions"], file["rewards"] = act, data.rew.numpy()
+            file["terminals"], file["timeouts"] = data.done.numpy() > 0, np.zeros(len(data), bool)
+
+    write(act)
+    for eval_env in ("", "CartPole-v1"):
+        own = load(str(path), eval_env=eval_env, discrete=True)
+        assert own.n_actions == 2 and torch.equal(own.act, data.act)
+        assert own.sample(8).act.dtype == torch.int64
+    offline_dqn.train(offline_dqn.Args(str(path), eval_env="CartPole-v1", steps=2, eval_every=2, batch_size=8))
+    with pytest.raises(UserError, match="2 discrete actions; this algorithm is for continuous ones"):
+        load(str(path))
+    with pytest.raises(UserError, match="4 observations and 2 discrete actions, --eval-env Hopper-v4"):
+        load(str(path), eval_env="Hopper-v4", discrete=True)
+    write(act + 1)
+    with pytest.raises(UserError, match="has 3 discrete actions, --eval-env CartPole-v1 2"):
+        load(str(path), eval_env="CartPole-v1", discrete=True)
+    write(act - 1)
+    with pytest.raises(UserError, match="has the action -1; discrete ones count from 0"):
+        load(str(path), discrete=True)
+    write(act.astype(np.float32))
+    with pytest.raises(UserError, match="has continuous actions"):
+        load(str(path), discrete=True)
 
 
 def test_frames_as_a_minari_dataset(here, tmp_path):
