@@ -53,7 +53,7 @@ reproduce: $(READY)  ## run what is missing of the grid ALGOS x ENVS x SEEDS at 
 	$(PYTHON) results/table.py
 
 # d3rlpy is for the last study alone: where it cannot be installed, the others are measured and shown all the same.
-studies: $(READY)  ## train and measure what results/studies/ asks (hours on a CPU; goes on where it stopped)
+studies: $(READY)  ## train and measure what results/studies/ asks (days on a CPU; goes on where it stopped)
 	$(PYTHON) results/studies/extrapolation.py
 	$(PYTHON) results/studies/q_divergence.py
 	$(PYTHON) results/studies/cql_alpha.py

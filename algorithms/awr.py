@@ -162,11 +162,13 @@ def train(args):
     critic_losses = lift(S, partial(critic_loss, args), value)
     actor_losses = lift(S, partial(actor_loss, args), actor)
 
+    rew, done = (x.cpu().double().numpy() for x in (data.rew, data.done))
+
     @torch.no_grad()
     def weigh():
         """The returns of all data by V as it is, and the actor's weights."""
         all_v = lambda obs: torch.cat([v(part.expand(*shape, -1, -1)) for part in obs.split(100_000)], -1)
-        next_v, rew, done = (x.cpu().double().numpy() for x in (all_v(data.next_obs), data.rew, data.done))
+        next_v = all_v(data.next_obs).cpu().double().numpy()
         returns.copy_(torch.from_numpy(lambda_returns(args, rew, done, next_v, data.ends)))
         weight.copy_(weights(args, returns - all_v(data.obs)))
 

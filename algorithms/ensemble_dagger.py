@@ -73,9 +73,9 @@ def policy(obs, actor):
     return actor(obs).mean(0)
 
 
-def doubt_of(obs, actor):
-    """The norm of the ensemble's variances: obs (B, O) -> (B,)."""
-    return actor(obs).var(0).norm(dim=-1)
+def doubt_of(acts):
+    """The norm of the ensemble's variances: the members' acts (N, B, A) -> (B,)."""
+    return acts.var(0).norm(dim=-1)
 
 
 def actor_loss(batch, actor):
@@ -112,7 +112,7 @@ def train(args):
                 expert_acted = False
             label, x = expert(obs), torch.as_tensor(obs, dtype=torch.float32, device=run.device)[None]  # (A,), (1, O)
             with torch.no_grad():
-                act, doubt = policy(x, actor)[0].cpu().numpy(), doubt_of(x, actor)[0].cpu()  # (A,), ()
+                act, doubt = (acts := actor(x)).mean(0)[0].cpu().numpy(), doubt_of(acts)[0].cpu()  # (A,), ()
             off = ((act - label) ** 2).sum()
             expert_acts = i == 0 or off > args.max_off or doubt.item() > args.max_doubt
             next_obs, rew, terminated, truncated, _ = env.step(label if expert_acts else act)

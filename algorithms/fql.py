@@ -6,7 +6,7 @@
 
 The flow clones the data, however many modes they have: flow(obs, z) is where v carries z from t = 0 to 1, in 10 Euler
 steps. The policy learns to come there in one step while it climbs Q, so that no gradient goes back through time.
-Differs from the authors' code: PyTorch's initial weights; no locomotion is published: there, as the authors' README
+Differs from the authors' code: PyTorch's initial weights; no scores on locomotion are theirs: there, as their README
 advises for new tasks, Q is divided by its mean size, and alpha is this project's, not searched.
 Usage: python algorithms/fql.py --env halfcheetah-medium
 """

@@ -1,4 +1,4 @@
-"""IDQL: Implicit Q-Learning as an Actor-Critic Method with Diffusion Policies (Hansen-Estruch 2023), arXiv:2304.10573.
+"""IDQL: Implicit Q-Learning as Actor-Critic with Diffusion Policies (Hansen-Estruch et al. 2023), arXiv:2304.10573.
 
     value, critic   as in iql.py, of which this is a sister
     actor    L_pi = E |net(obs, act_t, t) - noise|^2,   act_t = sqrt(a_t) act + sqrt(1 - a_t) noise,   t ~ U{0 .. 4}

@@ -8,7 +8,7 @@
 As in OfflineRL-Kit (in brackets the authors' code): lam, h; actor and alpha lr 1e-4, the actor's along a cosine (3e-4);
 target entropy -A (-3); 5 epochs without gain end the fit (6). Differs from both: PyTorch's initial weights; targets are
 scaled as observations are, actions not; biases decay too; 5,000 rows held out (1,000); no bootstrap samples; rollouts
-stay within twice the data's range and go on from its states after a termination; model_updates ends the fit.
+stay within twice the data's range and go on from its states after a termination; model_updates at most per fit.
 Usage: python algorithms/mopo.py --env halfcheetah-medium-replay
 """
 

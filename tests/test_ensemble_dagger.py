@@ -48,8 +48,8 @@ def test_ensemble():
     ours, obs = ensemble_dagger.Actor(4, 2), torch.randn(6, 4)
     torch.manual_seed(0)
     theirs = hg_dagger.Actor(4, 2)
-    for name in ("policy", "doubt_of"):
-        assert torch.equal(getattr(ensemble_dagger, name)(obs, ours), getattr(hg_dagger, name)(obs, theirs))
+    assert torch.equal(ensemble_dagger.policy(obs, ours), hg_dagger.policy(obs, theirs))
+    assert torch.equal(ensemble_dagger.doubt_of(ours(obs)), hg_dagger.doubt_of(theirs(obs)))
 
 
 def test_buffer_size(tmp_path):

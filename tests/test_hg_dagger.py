@@ -27,7 +27,7 @@ def test_ensemble():
     np.testing.assert_allclose(actor(obs).detach(), each, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(hg_dagger.policy(obs, actor).detach(), each.mean(0), rtol=1e-5, atol=1e-6)
     doubt = [np.linalg.norm(np.diag(np.cov(each[:, b].T))) for b in range(6)]
-    np.testing.assert_allclose(hg_dagger.doubt_of(obs, actor).detach(), doubt, rtol=1e-4)
+    np.testing.assert_allclose(hg_dagger.doubt_of(actor(obs)).detach(), doubt, rtol=1e-4)
 
 
 def test_threshold():

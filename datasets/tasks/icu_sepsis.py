@@ -91,7 +91,7 @@ def behaviour(who):
 
 def visits(policy, gamma=1.0):
     """How often an episode comes by each state, discounted, (S,); without a discount its sum is the mean length."""
-    mdp, moves = load_mdp(), _moves(policy)
+    mdp, moves = load_mdp(), moves_of(policy)
     counts = np.zeros(S)
     counts[:LIVE] = np.linalg.solve(np.eye(LIVE) - gamma * moves[:, :LIVE].T, mdp.start[:LIVE])
     return counts
@@ -99,12 +99,12 @@ def visits(policy, gamma=1.0):
 
 def value(policy, gamma=1.0):
     """The exact expected return of a policy (S, A): without a discount, the probability of survival."""
-    return float(visits(policy, gamma)[:LIVE] @ _moves(policy)[:, SURVIVAL])
+    return float(visits(policy, gamma)[:LIVE] @ moves_of(policy)[:, SURVIVAL])
 
 
 def state_values(policy, gamma=1.0):
     """The exact value of each state, (S,); 0 of terminal ones."""
-    moves, values = _moves(policy), np.zeros(S)
+    moves, values = moves_of(policy), np.zeros(S)
     values[:LIVE] = np.linalg.solve(np.eye(LIVE) - gamma * moves[:, :LIVE], moves[:, SURVIVAL])
     return values
 
@@ -181,7 +181,7 @@ class ICUSepsis(gymnasium.Env):
 gymnasium.register("ICUSepsis-v0", entry_point="datasets.tasks.icu_sepsis:ICUSepsis")
 
 
-def _moves(policy):
+def moves_of(policy):
     """Probabilities of the next state under a policy, (LIVE, S)."""
     _check(policy)
     return np.einsum("sa,sat->st", policy[:LIVE], load_mdp().transition[:LIVE], optimize=True)

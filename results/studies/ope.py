@@ -52,7 +52,7 @@ def cut(logs, horizon):
 
 def value_within(pi, horizon):
     """The exact discounted return of the first `horizon` steps."""
-    moves, chance, total = icu_sepsis._moves(pi), icu_sepsis.load_mdp().start[: icu_sepsis.LIVE], 0.0
+    moves, chance, total = icu_sepsis.moves_of(pi), icu_sepsis.load_mdp().start[: icu_sepsis.LIVE], 0.0
     for t in range(horizon):
         after = chance @ moves
         total += GAMMA**t * after[icu_sepsis.SURVIVAL]
