@@ -13,7 +13,7 @@ from datasets.collect import load_expert
 from datasets.dataset import Batch, Dataset, ReturnBatch, SarsaBatch
 from datasets.loading import load
 from datasets.store import write_whole
-from datasets.tasks import icu_sepsis
+from datasets.tasks import icu_sepsis, text
 from datasets.tasks.gridworlds import find_world
 from datasets.vector_env import Envs
 
@@ -34,6 +34,7 @@ __all__ = [
     "icu_sepsis",
     "load",
     "load_expert",
+    "text",
     "write_whole",
 ]
 

@@ -140,7 +140,8 @@ class Run:
             raise UserError(f"--record keeps scores, and policies for {data.task.name} are not evaluated.")
         self.data, self.stride, self.state, self.folder = data, stride, state, self._folder(data)
         self.checkpoint = self.folder / "checkpoint.pt"
-        start = self._restore() if self.args.resume else self._start_afresh()
+        resume = self.checkpoint.exists() if self.args.resume is None else self.args.resume  # None: if it can
+        start = self._restore() if resume else self._start_afresh()
         start = self._take_over() if self._offline and not self.args.resume else start
         self.step = self._checked = start
         self._losses = {}

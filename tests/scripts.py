@@ -78,6 +78,8 @@ SCRIPTS = {
     "fqe": Script("evaluation", 190, agent=False),
     "importance_sampling": Script("evaluation", 200, agent=False),
     "doubly_robust": Script("evaluation", 230, agent=False),
+    "rlhf": Script("preferences", 320, acts=True, agent=False),
+    "dpo": Script("preferences", 245, agent=False),
 }
 # Those with an Actor, a Run and its records: what can be resumed, evaluated, timed.
 TRAINED = {name: script for name, script in SCRIPTS.items() if script.agent}

@@ -1,0 +1,130 @@
+"""What the tests of language models share: small ones, `train` with all that was random written down, and a transformer
+written out from its definition. Nothing here comes from a script."""
+
+import math
+
+import torch
+from update import copied
+
+from datasets import text
+from results.run import Run
+
+
+class Traced:
+    def __init__(self):
+        self.start, self.end = {}, {}  # {algorithm, "sft" too: what its checkpoint would hold}
+        self.random = {}  # {algorithm: [(name of torch's function, what it drew)] within the steps}
+        self.answers, self.reports, self.losses = [], [], []
+
+
+def make_small(script, monkeypatch, signs=6, prompt=4, answer=3, width=8, layers=2, pairs=30, held_out=10):
+    """Models of a few hundred parameters, of the first so many signs; the data are made anew."""
+    for name, value in dict(VOCAB=signs, CONTEXT=prompt + answer + 2, WIDTH=width, LAYERS=layers).items():
+        monkeypatch.setattr(script, name, value)
+    for name, value in dict(PROMPT=prompt, ANSWER=answer, CONTEXT=prompt + answer + 2).items():
+        monkeypatch.setattr(text, name, value)
+    monkeypatch.setattr(text, "PAIRS", pairs)
+    monkeypatch.setattr(text, "HELD_OUT", held_out)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(signs, (2000,), generator=generator)
+    corpus = text.Text(text.decode(torch.where(torch.arange(2000) % 3 == 0, words, words.roll(1))))
+    monkeypatch.setattr(text, "load_text", lambda: corpus)
+    return corpus
+
+
+def trace(script, monkeypatch, args):
+    """Trains in float64, and returns what was Traced."""
+    traced, now, steps, report, watch = Traced(), [], Run.steps, Run.report, Run.watch
+
+    def steps_traced(run, data, stride=1, **state):
+        traced.start[run.algorithm], traced.random[run.algorithm] = copied(state), []
+        now.append(run.algorithm)
+        yield from steps(run, data, stride, **state)
+        now.pop()
+        traced.end[run.algorithm] = copied(state)
+
+    def drawn(name, function):
+        def draw(*words, **options):
+            value = function(*words, **options)
+            if now:
+                traced.random[now[-1]].append((name, value.clone()))
+            return value
+
+        return draw
+
+    def watch_traced(run, losses):
+        traced.losses.append((run.algorithm, losses))
+        watch(run, losses)
+
+    def report_traced(run, step, returns, **more):
+        traced.reports.append((run.algorithm, step, returns, more))
+        report(run, step, returns, **more)
+
+    with monkeypatch.context() as patch:
+        for name in ("randint", "randperm"):
+            patch.setattr(torch, name, drawn(name, getattr(torch, name)))
+        sample = script.sample
+        patch.setattr(script, "sample", lambda *words: traced.answers.append(sample(*words)) or traced.answers[-1])
+        patch.setattr(Run, "steps", steps_traced)
+        patch.setattr(Run, "report", report_traced)
+        patch.setattr(Run, "watch", watch_traced)
+        torch.set_default_dtype(torch.float64)
+        try:
+            script.train(args)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    return traced
+
+
+def norm(x, params, name):
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * params[f"{name}.weight"] + params[f"{name}.bias"]
+
+
+def linear(x, params, name):
+    return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
+
+
+def hidden(params, tokens, heads=4):
+    """Vaswani et al. 2017 with the normalisation first: (B, T) -> (B, T, W)."""
+    T = tokens.shape[1]
+    x = params["token.weight"][tokens] + params["place.weight"][torch.arange(T)]
+    for i in range(sum(name.endswith("norm1.weight") for name in params)):
+        at = f"blocks.{i}"
+        q, k, v = linear(norm(x, params, f"{at}.norm1"), params, f"{at}.qkv").chunk(3, -1)
+        size, mixed = q.shape[-1] // heads, []
+        for h in range(heads):
+            own = slice(h * size, (h + 1) * size)
+            scores = q[..., own] @ k[..., own].transpose(1, 2) / math.sqrt(size)
+            scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -math.inf)
+            weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+            mixed.append(weights @ v[..., own])
+        x = x + linear(torch.cat(mixed, -1), params, f"{at}.out")
+        h = linear(norm(x, params, f"{at}.norm2"), params, f"{at}.mlp.0")
+        h = 0.5 * h * (1 + torch.erf(h / math.sqrt(2)))
+        x = x + linear(h, params, f"{at}.mlp.2")
+    return norm(x, params, "norm")
+
+
+def outputs(params, tokens):
+    return linear(hidden(params, tokens), params, "head")
+
+
+def log_prob(params, tokens):
+    """Of each token but the first, (B, T - 1)."""
+    logits = outputs(params, tokens)[:, :-1]
+    logits = logits - logits.exp().sum(-1, keepdim=True).log()
+    return torch.stack([row[range(len(row)), after] for row, after in zip(logits, tokens[:, 1:])])
+
+
+def supervised(start, draws, corpus, context, steps, adam):
+    """The supervised model after its updates, and its loss at each."""
+    params = {name: x.clone().requires_grad_() for name, x in start.items()}
+    opt, losses = adam(params, 1e-3, decay=0.01), []
+    for step, (_, starts) in enumerate(draws, 1):
+        windows = torch.stack([corpus.train[i : i + context] for i in starts[:, 0]])
+        loss = -log_prob(params, windows).mean()
+        opt.lr = 1e-3 * min(step / 100, (1 + math.cos(math.pi * (step - 1) / steps)) / 2)
+        opt.step(loss, clip=1.0)
+        losses.append(loss.item())
+    return params, losses
