@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from datasets import UserError, text
+from datasets import UserError, cache_dir, text
 from results.run import Run
 
 
@@ -142,9 +142,9 @@ def supervised_loss(tokens, actor):
 
 
 def supervised(args, corpus):
-    """The language model that has learned the text: trained once, and from its checkpoint after that."""
+    """The language model that has learned the text: trained once, and from its checkpoint in the cache after that."""
     args = Supervised(args.sft_steps, args.sft_steps, args.device, args.graph)
-    run = Run("sft", args, schedule=True)
+    run = Run("sft", args, schedule=True, runs=cache_dir())
     train, held_out = (tokens.to(run.device) for tokens in (corpus.train, corpus.held_out))
     actor = Transformer(WIDTH, LAYERS, VOCAB).to(run.device)
     lr = torch.tensor(args.lr, device=run.device)  # a tensor, for a graph to read

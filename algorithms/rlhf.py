@@ -9,7 +9,7 @@ The tokens before are the observation, a token is the action, and r has learned 
 them, it may be wrong in pi's favour. The judge's own reward, gold, is in no loss. As in Ziegler et al.
 (arXiv:1909.08593) V is a head of pi, and r has mean 0 and deviation 1 over the pairs. Differs from Ouyang et al.: r is
 a small network of its own, V does not begin with it; no pre-training loss; no end token; gradients clipped at 1.
-Usage: python algorithms/rlhf.py --beta 0.1
+Usage: python algorithms/rlhf.py --beta 0.2
 """
 
 import math
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from datasets import UserError, text
+from datasets import UserError, cache_dir, text
 from results.run import Run
 
 
@@ -32,20 +32,20 @@ from results.run import Run
 class Args:
     env: str = "text-preferences"  # the pairs of answers, or a file of your own, .jsonl
     seed: int = 0
-    steps: int = 100  # iterations of PPO
+    steps: int = 60  # iterations of PPO
     batch_size: int = 64
-    lr: float = 1e-4
-    eval_every: int = 10
+    lr: float = 3e-5
+    eval_every: int = 6
     eval_episodes: int = 512
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     resume: bool = False  # continue the run with these arguments from its checkpoint
     graph: bool = True  # replay each update as one CUDA graph, on a GPU
     prefs: int = 2_000  # pairs to learn from
     sft_steps: int = 3_000  # updates of the supervised model, which all runs share
-    offline_steps: int = 500  # updates of the reward model, before PPO
+    offline_steps: int = 300  # updates of the reward model, before PPO
     reward_lr: float = 1e-3  # of the reward model
     reward_width: int = 64  # of the reward model
-    beta: float = 0.05  # weight of the KL penalty
+    beta: float = 0.1  # weight of the KL penalty
     answers: int = 128  # written in an iteration
     epochs: int = 4  # of PPO, over an iteration's answers
     clip: float = 0.2  # of the probability ratio (eps)
@@ -145,9 +145,9 @@ def supervised_loss(tokens, actor):
 
 
 def supervised(args, corpus):
-    """The language model that has learned the text: trained once, and from its checkpoint after that."""
+    """The language model that has learned the text: trained once, and from its checkpoint in the cache after that."""
     args = Supervised(args.sft_steps, args.sft_steps, args.device, args.graph)
-    run = Run("sft", args, schedule=True)
+    run = Run("sft", args, schedule=True, runs=cache_dir())
     train, held_out = (tokens.to(run.device) for tokens in (corpus.train, corpus.held_out))
     actor = Transformer(WIDTH, LAYERS, VOCAB).to(run.device)
     lr = torch.tensor(args.lr, device=run.device)  # a tensor, for a graph to read

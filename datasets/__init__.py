@@ -12,7 +12,7 @@ from datasets.catalog import BODIES, GAMES, TASKS, Task, UserError, find_task
 from datasets.collect import load_expert
 from datasets.dataset import Batch, Dataset, ReturnBatch, SarsaBatch
 from datasets.loading import load
-from datasets.store import write_whole
+from datasets.store import cache_dir, write_whole
 from datasets.tasks import icu_sepsis, text
 from datasets.tasks.gridworlds import find_world
 from datasets.vector_env import Envs
@@ -29,6 +29,7 @@ __all__ = [
     "SarsaBatch",
     "Task",
     "UserError",
+    "cache_dir",
     "find_task",
     "find_world",
     "icu_sepsis",

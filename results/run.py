@@ -68,12 +68,13 @@ class Run:
     The keyword arguments of `steps` are what a checkpoint holds: anything with a state_dict, or a tensor.
     """
 
-    def __init__(self, script, args, schedule=False, agents=None):
+    def __init__(self, script, args, schedule=False, agents=None, runs=None):
         """schedule: whether something follows a schedule over --steps, which a resume may then not change. agents: how
-        many learn side by side, where that is not --seeds."""
+        many learn side by side, where that is not --seeds. runs: the folder of all runs, if not RUNS_DIR, or runs/."""
         if parent := os.environ.pop("END_WITH", ""):  # the process id of a runner, which waits for this run
             end_with(int(parent))
         self.args, self.algorithm = args, Path(script).stem
+        self.runs = runs or Path(os.environ.get("RUNS_DIR", ROOT / "runs"))
         self.free, self.defaults = FREE - {"steps"} if schedule else FREE, {}
         check_arguments(args)
         self.device = choose_device(args.device)
@@ -269,8 +270,8 @@ class Run:
     def _folder(self, data):
         """runs/<algorithm>/<source>/<task>/<seed, seeds and the arguments that are not at their defaults>."""
         name = f"seed={self.args.seed}" + (f",seeds={len(self.seeds)}" if len(self.seeds) > 1 else "") + self._changed()
-        runs, task = Path(os.environ.get("RUNS_DIR", ROOT / "runs")), data.task.name.replace("/", "-")  # a Minari id
-        return runs / self.algorithm / data.source / task / name
+        task = data.task.name.replace("/", "-")  # a Minari id
+        return self.runs / self.algorithm / data.source / task / name
 
     def _changed(self):
         """`,name=value` of each argument that makes another cell of the table and is not at its default."""

@@ -118,7 +118,7 @@ def module(params):
 
 
 def test_closed_form(monkeypatch):
-    """With unlimited pairs of a judge whose reward is known, DPO finds pi_ref exp(r / beta) / Z, beta = 1, among 16 answers."""
+    """With unlimited pairs of a judge whose reward is known, DPO finds pi_ref exp(r) / Z among 16 answers, beta = 1."""
     make_small(dpo, monkeypatch, signs=4, answer=2, width=16, layers=1)
     every = torch.tensor(list(itertools.product(range(4), repeat=2)))  # (16, 2)
     prompt = torch.tensor([1, 2, 0, 3]).expand(16, -1)

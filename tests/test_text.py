@@ -57,7 +57,7 @@ def test_pairs(monkeypatch):
     data = make(parrot)
     again = make(None)
     assert again.fingerprint == data.fingerprint and torch.equal(again.train.tokens, data.train.tokens)
-    assert data.train.tokens.shape == (5_000, 2, 48) and data.test.tokens.shape == (2_000, 2, 48)
+    assert data.train.tokens.shape == (5_000, 2, 48) and data.test.tokens.shape == (1_000, 2, 48)
     assert (data.train.mask.sum(-1) == 32).all() and not data.train.mask[..., :16].any()
     assert torch.equal(data.prompts, data.train.tokens[:, 0, :16])
     assert torch.equal(data.train.tokens[:, 0, :16], data.train.tokens[:, 1, :16])
@@ -195,7 +195,7 @@ def test_resume(script, at, monkeypatch):
     flat = lambda state: [x for item in state.values() for x in (item.values() if isinstance(item, dict) else [item])]
     for ours, theirs in zip(flat(whole["state"]), flat(resumed["state"])):
         assert str(ours) == str(theirs) if not isinstance(ours, torch.Tensor) else torch.equal(ours, theirs)
-    assert load_checkpoint(checkpoint("sft"))["step"] == 2
+    assert load_checkpoint(next((text.cache_dir() / "sft").rglob("checkpoint.pt")))["step"] == 2
 
 
 def checkpoint(name):

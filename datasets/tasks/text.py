@@ -6,7 +6,7 @@ answer the 32 that a supervised model goes on with. The judge's reward, called g
 
     gold = 1 - ((spaces - 7) / 2.5)^2 + 0.3 words known - 0.5 words unknown - 0.5 words repeated - brackets unmatched
 
-of the words that end in the answer; the last is rare. It prefers one of two answers with probability
+of the words that end in the answer. Brackets are in one answer of six. It prefers one of two answers with probability
 sigmoid(2 (gold - gold of the other)), as Bradley and Terry have it, which is all that a data set holds of it.
 
     corpus = load_text()
@@ -38,6 +38,7 @@ PAIRS, HELD_OUT = (
     2_000,
 )  # in the data set; HELD_OUT: pairs that no training sees, of prompts that it has not seen
 SHARPNESS = 2.0  # of the judge's preferences
+MAKER = 1  # to be raised when other pairs are made of the same answers' author
 
 
 class Data:
@@ -168,7 +169,9 @@ def load_pairs(env, corpus, actor, sample, device="cpu"):
         return _own_file(Path(env), device)
     if env != "text-preferences":
         raise UserError(f"Unknown --env '{env}': text-preferences, or a file of pairs that ends in .jsonl.")
-    digest = hashlib.sha256(b"".join(param.detach().cpu().numpy().tobytes() for param in actor.parameters()))
+    digest = hashlib.sha256(repr((MAKER, PAIRS, HELD_OUT)).encode())
+    for param in actor.parameters():
+        digest.update(param.detach().cpu().numpy())
     path = cache_dir() / f"text-preferences-{digest.hexdigest()[:12]}.hdf5"
     if not path.exists():
         _make_pairs(path, corpus, actor, sample)
