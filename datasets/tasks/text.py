@@ -33,10 +33,7 @@ from datasets.store import cache_dir, write_whole
 
 SIGNS = " abcdefghijklmnopqrstuvwxyz.,'()"  # the vocabulary: a token is a place in it
 PROMPT, ANSWER, CONTEXT = 16, 32, 64  # characters; CONTEXT: the most that a prompt and its answer may have
-PAIRS, HELD_OUT = (
-    20_000,
-    2_000,
-)  # in the data set; HELD_OUT: pairs that no training sees, of prompts that it has not seen
+PAIRS, HELD_OUT = 20_000, 1_000  # to train on, and others, of prompts that no training has seen
 SHARPNESS = 2.0  # of the judge's preferences
 MAKER = 1  # to be raised when other pairs are made of the same answers' author
 
