@@ -144,7 +144,7 @@ def supervised_loss(tokens, actor):
 def supervised(args, corpus):
     """The language model that has learned the text: trained once, and from its checkpoint in the cache after that."""
     args = Supervised(args.sft_steps, args.sft_steps, args.device, args.graph)
-    run = Run("sft", args, schedule=True, runs=cache_dir())
+    run = Run("sft", args, runs=cache_dir())
     train, held_out = (tokens.to(run.device) for tokens in (corpus.train, corpus.held_out))
     actor = Transformer(WIDTH, LAYERS, VOCAB).to(run.device)
     lr = torch.tensor(args.lr, device=run.device)  # a tensor, for a graph to read

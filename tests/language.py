@@ -3,10 +3,12 @@ written out from its definition. Nothing here comes from a script."""
 
 import math
 
+import pytest
 import torch
 from update import copied
 
-from datasets import text
+from datasets import UserError, text
+from results.checkpoint import load_checkpoint
 from results.run import Run
 
 
@@ -65,6 +67,9 @@ def trace(script, monkeypatch, args):
             patch.setattr(torch, name, drawn(name, getattr(torch, name)))
         sample = script.sample
         patch.setattr(script, "sample", lambda *words: traced.answers.append(sample(*words)) or traced.answers[-1])
+        normal = torch.nn.init.normal_
+        # so large that gradients are clipped
+        patch.setattr(torch.nn.init, "normal_", lambda x, std=0.05: normal(x, std=20 * std))
         patch.setattr(Run, "steps", steps_traced)
         patch.setattr(Run, "report", report_traced)
         patch.setattr(Run, "watch", watch_traced)
@@ -128,3 +133,49 @@ def supervised(start, draws, corpus, context, steps, adam):
         opt.step(loss, clip=1.0)
         losses.append(loss.item())
     return params, losses
+
+
+def checkpoint(name, folder):
+    """That of the newest run in the folder; earlier ones are moved aside."""
+    (path,) = (path for path in (folder / name).rglob("checkpoint.pt") if "~" not in str(path))
+    return path
+
+
+def assert_resumes(script, name, at, tmp_path, monkeypatch, **words):
+    """Stopped after step `at` of the run called `name`, the supervised model's or the script's own, it goes on to the
+    same parameters, bit for bit; the supervised model is learned once."""
+    make_small(script, monkeypatch)
+    own = script.__name__.split(".")[1]
+    words |= {"steps": 6, "prefs": 20, "sft_steps": 5, "batch_size": 5, "eval_every": 2, "eval_episodes": 6}
+    script.train(script.Args(**words))
+    whole = load_checkpoint(checkpoint(own, tmp_path / "runs"))
+    if name == "sft":
+        checkpoint("sft", tmp_path / "cache").unlink()
+    steps = Run.steps
+
+    def interrupted(run, data, stride=1, **state):
+        for step in steps(run, data, stride, **state):
+            run._interrupted = run.algorithm == name and step == at
+            yield step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "steps", interrupted)
+        with pytest.raises(UserError, match=f"Stopped after step {at} and saved"):
+            script.train(script.Args(**words))
+    script.train(script.Args(**words, resume=name == own))
+    assert load_checkpoint(checkpoint("sft", tmp_path / "cache"))["step"] == 5
+    resumed = load_checkpoint(checkpoint(own, tmp_path / "runs"))
+    assert resumed["curve"] == whole["curve"] and resumed["step"] == whole["step"]
+    assert_equal(whole["state"], resumed["state"])
+
+
+def assert_equal(ours, theirs):
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_equal(ours[key], theirs[key])
+    elif isinstance(ours, list):
+        for both in zip(ours, theirs, strict=True):
+            assert_equal(*both)
+    else:
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs

@@ -32,6 +32,10 @@ from datasets.processes import cores
 from datasets.store import write_hdf5
 from tests.scripts import SCRIPTS, TRAINED
 
+SUPERVISED = {
+    r"^args\.lr -> .* @ lr = ": "the schedule sets it before the first step",
+    r"^weight_decay=0\.01 -> left out": "it is AdamW's default",
+}
 # {regular expression of "was -> became @ line", which the second of equal changes of a line ends in " #2":
 # why no test on a CPU can see it}; of all scripts, then of one.
 EQUIVALENT = {
@@ -107,6 +111,8 @@ EQUIVALENT = {
         r"^if step == 1 -> if True": "a fit that has ended does not go on",
         r"^schedule=": "test_steps_may_grow of test_scripts",
     },
+    "rlhf": SUPERVISED,
+    "dpo": SUPERVISED | {r"^args\.beta -> .* @ if ": "half of it has the same sign"},
     "rlpd": {r"^loss_(q|pi)\.detach\(\)": "Run.watch detaches what it keeps"},
     "off2on": {
         r"^-1 -> 1 @ return weight": "the last of two axes",

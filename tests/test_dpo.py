@@ -1,17 +1,15 @@
 """DPO: its losses against NumPy, the gradient of Eq. 7, one whole run against the paper's formulas, the closed form."""
 
 import itertools
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from language import log_prob, make_small, outputs, supervised, trace
+from language import assert_resumes, checkpoint, log_prob, make_small, outputs, supervised, trace
 from update import Adam, assert_same
 
 from algorithms import dpo
-from datasets import text
+from datasets import UserError, text
 from results.checkpoint import load_checkpoint
 
 
@@ -55,23 +53,23 @@ def test_only_the_answer_counts():
 
 
 @pytest.mark.parametrize("loss, eps", [("dpo", 0.1), ("ipo", 0.0)])
-def test_whole_run(loss, eps, monkeypatch):
+def test_whole_run(loss, eps, tmp_path, monkeypatch, capsys):
     corpus = make_small(dpo, monkeypatch)
     args = dpo.Args(
-        seed=3, steps=25, batch_size=5, lr=3e-3, eval_every=25, eval_episodes=7, device="cpu", prefs=20, sft_steps=4,
+        seed=3, steps=25, batch_size=5, lr=3e-3, eval_every=25, eval_episodes=7, device="cpu", prefs=20, sft_steps=30,
         loss=loss, beta=0.4, label_smoothing=eps, clip=0.05,
     )  # fmt: skip
     traced = trace(dpo, monkeypatch, args)
 
     draws = traced.random["sft"]
-    assert [x.shape for _, x in draws] == [(32, 1)] * 4 and max(x.max() for _, x in draws) < len(corpus.train) - 9
-    params, losses = supervised(traced.start["sft"]["actor"], draws, corpus, 9, 4, Adam)
+    assert [x.shape for _, x in draws] == [(32, 1)] * 30 and max(x.max() for _, x in draws) < len(corpus.train) - 9
+    params, losses = supervised(traced.start["sft"]["actor"], draws, corpus, 9, 30, Adam)
     assert_same(traced.end["sft"]["actor"], {name: x.detach() for name, x in params.items()}, "supervised")
     told = [loss["supervised_loss"].item() for name, loss in traced.losses if name == "sft"]
     np.testing.assert_allclose(told, losses, rtol=1e-9)
     windows = corpus.held_out[: len(corpus.held_out) // 9 * 9].view(-1, 9)
     name, step, _, more = traced.reports[0]
-    assert (name, step) == ("sft", 4)
+    assert (name, step) == ("sft", 30)
     torch.testing.assert_close(more["held_out_loss"], -log_prob(params, windows).mean().detach())
 
     assert_same(traced.start["dpo"]["actor"], traced.end["sft"]["actor"], "it begins with the supervised model")
@@ -98,7 +96,14 @@ def test_whole_run(loss, eps, monkeypatch):
     name, step, golds, more = traced.reports[-1]
     assert (name, step) == ("dpo", 25) and len(traced.reports) == 2
     prompts = data.test_prompts[:7]
-    assert traced.answers[1].shape == (7, 3)
+    actor = dpo.Transformer(8, 2, 6).double()
+    actor.load_state_dict(traced.end["dpo"]["actor"])
+    torch.manual_seed(3)
+    assert torch.equal(traced.answers[1], dpo.sample(actor, prompts))
+    assert (
+        f"{text.decode(prompts[0])}|{text.decode(traced.answers[1][0])}|  gold {golds[0]:.2f}"
+        in capsys.readouterr().out
+    )
     np.testing.assert_array_equal(golds, text.gold(text.decode(prompts), text.decode(traced.answers[1])))
     held_out = [(log_prob(params, x) - log_prob(reference, x))[:, 3:].sum(1) for x in data.test.tokens.unbind(1)]
     torch.testing.assert_close(more["margin"], 0.4 * (held_out[0] - held_out[1]).mean())
@@ -117,7 +122,7 @@ def module(params):
     return net
 
 
-def test_closed_form(monkeypatch):
+def test_closed_form(tmp_path, monkeypatch):
     """With unlimited pairs of a judge whose reward is known, DPO finds pi_ref exp(r) / Z among 16 answers, beta = 1."""
     make_small(dpo, monkeypatch, signs=4, answer=2, width=16, layers=1)
     every = torch.tensor(list(itertools.product(range(4), repeat=2)))  # (16, 2)
@@ -152,11 +157,19 @@ def test_closed_form(monkeypatch):
     best = chances["of pi_ref"] * rewards.exp()
     best /= best.sum()
     actor = dpo.Transformer(16, 1, 4)
-    actor.load_state_dict(load_checkpoint(checkpoint("dpo"))["state"]["actor"])
+    actor.load_state_dict(load_checkpoint(checkpoint("dpo", tmp_path / "runs"))["state"]["actor"])
     found = log_chances(actor).detach()
     assert (best * (best.log() - chances["of pi_ref"].log())).sum() > 0.3  # there is a way to go
     assert (found.exp() * (found - best.log())).sum() < 0.02
 
 
-def checkpoint(name):
-    return next(Path(os.environ["RUNS_DIR"], name).rglob("checkpoint.pt"))
+@pytest.mark.parametrize("name, at", [("sft", 2), ("dpo", 1), ("dpo", 4)])
+def test_resume(name, at, tmp_path, monkeypatch):
+    assert_resumes(dpo, name, at, tmp_path, monkeypatch, device="cpu")
+
+
+@pytest.mark.parametrize("beta, smoothing", [(0.0, 0.1), (-0.1, 0.1), (0.1, 0.5), (0.1, 0.7), (0.1, -0.1)])
+def test_bad_arguments(beta, smoothing):
+    message = rf"--beta must be above 0 and --label-smoothing in \[0, 0.5\), not {beta} and {smoothing}\."
+    with pytest.raises(UserError, match=message):
+        dpo.train(dpo.Args(beta=beta, label_smoothing=smoothing, device="cpu"))

@@ -1,4 +1,4 @@
-"""text-preferences: its judge by hand, the data that are made, files of pairs; what its scripts say; their resume."""
+"""text-preferences: its judge by hand, the data that are made, files of pairs; what its scripts say to bad input."""
 
 import json
 
@@ -9,8 +9,6 @@ from language import make_small
 
 from algorithms import dpo, rlhf
 from datasets import UserError, text
-from results.checkpoint import load_checkpoint
-from results.run import Run
 
 
 @pytest.mark.parametrize(
@@ -149,9 +147,6 @@ def test_damaged_pairs(monkeypatch):
 @pytest.mark.parametrize(
     "script, words, message",
     [
-        (dpo, {"beta": 0.0}, "--beta must be above 0"),
-        (dpo, {"label_smoothing": 0.5}, "--label-smoothing in"),
-        (rlhf, {"beta": -0.1}, "--beta must be at least 0"),
         (rlhf, {"prefs": 31}, "30 pairs to train on, not 31"),
         (dpo, {"prefs": 0}, "--prefs must be at least 1"),
         (dpo, {"env": "hopper-medium"}, "Unknown --env"),
@@ -162,46 +157,3 @@ def test_bad_arguments(script, words, message, monkeypatch):
     make_small(script, monkeypatch)
     with pytest.raises(UserError, match=message):
         script.train(script.Args(**{"steps": 3, "prefs": 20, "sft_steps": 2, "device": "cpu"} | words))
-
-
-QUICK = {"rlhf": {"offline_steps": 3, "answers": 8, "reward_width": 8}, "dpo": {}}
-
-
-@pytest.mark.parametrize("at", [1, 4])
-@pytest.mark.parametrize("script", [rlhf, dpo])
-def test_resume(script, at, monkeypatch):
-    """Stopped in either phase, it goes on to the same parameters, bit for bit; the supervised model is learned once."""
-    make_small(script, monkeypatch)
-    name = script.__name__.split(".")[1]
-    words = {"steps": 6, "prefs": 20, "sft_steps": 2, "batch_size": 5, "eval_every": 2, "eval_episodes": 6} | QUICK[
-        name
-    ]
-    script.train(script.Args(**words))
-    whole = load_checkpoint(checkpoint(name))
-    steps, begun = Run.steps, []
-
-    def interrupted(run, data, stride=1, **state):
-        begun.append((run.algorithm, run.args.resume))
-        for step in steps(run, data, stride, **state):
-            run._interrupted = run.algorithm == name and step == at and not run.args.resume
-            yield step
-
-    monkeypatch.setattr(Run, "steps", interrupted)
-    with pytest.raises(UserError, match=f"Stopped after step {at} and saved"):
-        script.train(script.Args(**words))
-    script.train(script.Args(**words, resume=True))
-    resumed = load_checkpoint(checkpoint(name))
-    assert resumed["curve"] == whole["curve"] and resumed["step"] == whole["step"]
-    flat = lambda state: [x for item in state.values() for x in (item.values() if isinstance(item, dict) else [item])]
-    for ours, theirs in zip(flat(whole["state"]), flat(resumed["state"])):
-        assert str(ours) == str(theirs) if not isinstance(ours, torch.Tensor) else torch.equal(ours, theirs)
-    assert load_checkpoint(next((text.cache_dir() / "sft").rglob("checkpoint.pt")))["step"] == 2
-
-
-def checkpoint(name):
-    """That of the newest run; earlier ones are moved aside."""
-    import os
-    from pathlib import Path
-
-    (path,) = (path for path in Path(os.environ["RUNS_DIR"], name).rglob("checkpoint.pt") if "~" not in str(path))
-    return path
