@@ -66,6 +66,7 @@ studies: $(READY)  ## train and measure what results/studies/ asks (days on a CP
 	$(PYTHON) results/studies/ope.py
 	$(PYTHON) results/studies/open_bandit.py
 	$(PYTHON) results/studies/model_selection.py
+	$(PYTHON) results/studies/overoptimisation.py
 	$(PYTHON) results/studies/switch.py
 	$(PYTHON) results/table.py
 	$(MAKE) .venv-peers/installed

@@ -226,7 +226,7 @@ def train(args):
     reward = Transformer(args.reward_width, 2, 1).to(run.device)
     reward_opt = torch.optim.AdamW(reward.parameters(), args.reward_lr, weight_decay=0.01, fused=True, capturable=True)
     scale = torch.tensor([1.0, 0.0], device=run.device)  # deviation and mean of r over the pairs' answers
-    says = slice(text.PROMPT - 1, -1)  # the places of those outputs that say an answer's tokens
+    first = text.PROMPT - 1  # the place of the output that says an answer's first token
 
     def learn_reward():
         loss = reward_loss(data.sample(args.batch_size), reward)
@@ -245,24 +245,24 @@ def train(args):
         """r as the policy is given it, of texts that end with their answer, (B, T) -> (B,)."""
         return (score(tokens, torch.ones_like(tokens), reward) - scale[1]) / scale[0]
 
+    def look(tokens):
+        """log pi of each token of the answers, and V before it: (B, T) -> (B, L) each."""
+        hidden = actor.hidden(tokens)
+        return log_probs(actor.head(hidden), tokens)[:, first:], value(hidden)[:, first:-1].squeeze(-1)
+
     def improve():
         prompts = data.prompts[torch.randint(len(data.prompts), (args.answers,), device=run.device)]
         tokens = torch.cat([prompts, sample(actor, prompts)], 1)  # (E, T)
         with torch.no_grad():
-            hidden = actor.hidden(tokens)
-            old = log_probs(actor.head(hidden), tokens)[:, says.start :]  # (E, L)
-            v = value(hidden)[:, says].squeeze(-1)
-            rew = -args.beta * (old - log_probs(reference(tokens), tokens)[:, says.start :])
+            old, v = look(tokens)  # (E, L)
+            rew = -args.beta * (old - log_probs(reference(tokens), tokens)[:, first:])
             rew[:, -1] += judge(tokens)
             adv = advantages(args, rew, v)
             ret, adv = adv + v, (adv - adv.mean()) / (adv.std() + 1e-8)
         for _ in range(args.epochs):
             for rows in torch.randperm(args.answers, device=run.device).split(args.batch_size):
-                hidden = actor.hidden(tokens[rows])
-                log_prob = log_probs(actor.head(hidden), tokens[rows])[:, says.start :]
-                loss_pi = actor_loss(args, log_prob, old[rows], adv[rows])
-                loss_v = F.mse_loss(value(hidden)[:, says].squeeze(-1), ret[rows])
-                loss = loss_pi + args.value_weight * loss_v
+                log_prob, v = look(tokens[rows])
+                loss = actor_loss(args, log_prob, old[rows], adv[rows]) + args.value_weight * F.mse_loss(v, ret[rows])
                 opt.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(params, 1.0)

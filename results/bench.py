@@ -3,7 +3,8 @@
 Each row is the script's own `train`, its loop stopped once it has been timed: updates per second without the
 evaluations, the memory taken at most, and the share of a whole run that evaluation takes at the script's defaults
 (10 episodes every 5,000 updates). On CUDA also without the graph, and with agents that are not lifted but trained by
-one thread each, a graph and a stream of its own: what seeds side by side are worth.
+one thread each, a graph and a stream of its own: what seeds side by side are worth. Of language models also the tokens
+that go through what is trained, prompts included, each time that they do.
 
 Usage: make bench, or python results/bench.py --scripts td3_bc --seeds 1 16
 """
@@ -33,10 +34,10 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from datasets import UserError, write_whole
+from datasets import UserError, text, write_whole
 from datasets.processes import cores
 from results.run import Run, choose_device, code_version, peak_memory
-from tests.scripts import TRAINED
+from tests.scripts import SCRIPTS, TRAINED
 
 FILE = ROOT / "results" / "bench.json"
 ROUNDS = 3  # of which the median is taken
@@ -44,11 +45,16 @@ WARM = 12  # updates beforehand: three of each kind, then those that capture its
 EVERY = dict.fromkeys(("gail", "gaifo", "airl", "f_max"), 96_000)  # updates between evaluations; of the others 5,000
 TURN = {"awr": 1000}  # updates that belong together: before them come those of V
 LONG = 96 * 10**7  # --steps, never reached
+TOKENS = {  # of an update
+    "rlhf": lambda args: args.epochs * args.answers * (text.PROMPT + text.ANSWER),
+    "dpo": lambda args: 2 * args.batch_size * (text.PROMPT + text.ANSWER),
+}
+MEASURED = (*TRAINED, *TOKENS)
 
 
 @dataclass
 class Args:
-    scripts: tuple[str, ...] = tuple(TRAINED)
+    scripts: tuple[str, ...] = MEASURED
     seeds: tuple[int, ...] = ()  # as many at once, each number in turn: (1, 4) on a CPU, (1, 16) on a GPU
     seconds: float = 5.0  # for each measurement
     device: str = "auto"
@@ -76,8 +82,10 @@ def append(entry):
 def arguments(script, module, seeds, device, graph=True):
     """The script's own defaults on collected data, so long that no schedule ends, evaluated when we say so."""
     changes = {"steps": LONG, "eval_every": LONG, "device": device}
-    if not TRAINED[script].acts:
-        changes |= {"seeds": seeds, "graph": graph}
+    if hasattr(module.Args, "seeds"):
+        changes["seeds"] = seeds
+    if hasattr(module.Args, "graph"):
+        changes["graph"] = graph
     if hasattr(module.Args, "start_steps"):
         changes["start_steps"] = 1  # it learns from the second on
     if hasattr(module.Args, "source"):
@@ -103,6 +111,9 @@ def measure(script, seeds, device, seconds, graph=True):
     module, original, row = importlib.import_module(f"algorithms.{script}"), Run.steps, {}
 
     def timed(run, data, **state):
+        if run.algorithm != script:  # it begins with another run, whose result it needs
+            yield from original(run, data, **state)
+            return
         loop, taken = original(run, data, **state), 0
 
         def some(n):
@@ -135,7 +146,9 @@ def measure(script, seeds, device, seconds, graph=True):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         with mock.patch.object(Run, "steps", timed):
-            module.train(arguments(script, module, seeds, device, graph))
+            module.train(args := arguments(script, module, seeds, device, graph))
+    if script in TOKENS:
+        row["tokens_per_s"] = round(row["updates_per_s"] * TOKENS[script](args))
     row["agent_updates_per_s"] = round(seeds * row["updates_per_s"], 1)
     training = EVERY.get(script, 5000) / row["updates_per_s"]
     row["evaluation_share"] = round(row["evaluation_s"] / (row["evaluation_s"] + training), 3)
@@ -200,10 +213,11 @@ def tell_rows(script, seeds, seconds, device, tell):
     """Tells where it measures, then each row: `script` in every way that this device allows."""
     device = choose_device(device).type
     tell(machine(device))
-    numbers = (1,) if TRAINED[script].acts else seeds or ((1, 16) if device == "cuda" else (1, 4))
+    alone = SCRIPTS[script].acts or script in TOKENS
+    numbers = (1,) if alone else seeds or ((1, 16) if device == "cuda" else (1, 4))
     for number in numbers:
         tell(row := measure(script, number, device, seconds))
-        if device == "cuda" and not TRAINED[script].acts:
+        if device == "cuda" and not alone:
             tell(measure(script, number, device, seconds, graph=False))
             if number > 1:
                 tell(measure_plain(script, number, device, seconds, row["updates_per_s"]))
@@ -260,6 +274,7 @@ def entry_of(script, seeds, seconds, device, log, limit=600.0):
                 continue
             rows.append(told)
             end = "  ".join(str(told.get(name, "")) for name in ("memory_mb", "evaluation_s", "evaluation_share"))
+            end += f"  {told['tokens_per_s']:,} tokens/s" if "tokens_per_s" in told else ""
             print(
                 f"{script:12} {told['seeds']:5}  {told.get('way', ''):16} {told['updates_per_s']:10.0f} "
                 f"{told['agent_updates_per_s']:16.0f}  {end}",
@@ -273,8 +288,8 @@ def entry_of(script, seeds, seconds, device, log, limit=600.0):
 
 def bench(args):
     for script in args.scripts:
-        if script not in TRAINED:
-            raise UserError(f"Unknown --scripts '{script}'; known are {', '.join(TRAINED)}.")
+        if script not in MEASURED:
+            raise UserError(f"Unknown --scripts '{script}'; known are {', '.join(MEASURED)}.")
     failed = []
     print(HEAD)
     with tempfile.TemporaryDirectory() as folder:

@@ -14,11 +14,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from datasets.show import dataset_table
-from results.tables import agreement, curves, imitation, interactive, runs, scores, scripts, speed, studies, summary
+from results.tables import (
+    agreement,
+    curves,
+    imitation,
+    interactive,
+    runs,
+    scores,
+    scripts,
+    speed,
+    studies,
+    summary,
+    texts,
+)
 from results.tables.records import RESULTS, compared, grouped, read_cells, read_published
 
 # Tables of the README that are made of records: MARK, and table(cells, published, datasets). A new one is a new file.
-TABLES = scores, imitation, interactive
+TABLES = scores, imitation, interactive, texts
 
 
 def comparisons(cells, published):

@@ -17,7 +17,8 @@ def scripts(entries):
                 row["script"],
                 f"{row['seeds']}, {way}" if way else row["seeds"],
                 f"{row['updates_per_s']:,.0f}",
-                f"{row['agent_updates_per_s']:,.0f}",
+                f"{row['agent_updates_per_s']:,.0f}"
+                + (f"<br>{x:,} tokens/s" if (x := row.get("tokens_per_s")) else ""),
                 f"{row['memory_mb']:,}" if "memory_mb" in row else "",
                 f"{row['evaluation_s']:.1f}" if "evaluation_s" in row else "",
                 f"{row['evaluation_share']:.0%}" if "evaluation_share" in row else "",

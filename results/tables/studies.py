@@ -9,6 +9,7 @@ from results.studies import (
     model_selection,
     ope,
     open_bandit,
+    overoptimisation,
     peer_iql,
     q_divergence,
     return_conditioning,
@@ -32,6 +33,7 @@ STUDIES = (
     open_bandit,
     model_selection,
     switch,
+    overoptimisation,
     peer_iql,
 )
 
