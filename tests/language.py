@@ -19,7 +19,7 @@ class Traced:
         self.answers, self.reports, self.losses = [], [], []
 
 
-def make_small(script, monkeypatch, signs=6, prompt=4, answer=3, width=8, layers=2, pairs=30, held_out=10):
+def make_small(script, monkeypatch, signs=6, prompt=4, answer=3, width=8, layers=2, pairs=30, held_out=11):
     """Models of a few hundred parameters, of the first so many signs; the data are made anew."""
     for name, value in dict(VOCAB=signs, CONTEXT=prompt + answer + 2, WIDTH=width, LAYERS=layers).items():
         monkeypatch.setattr(script, name, value)

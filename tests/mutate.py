@@ -111,7 +111,11 @@ EQUIVALENT = {
         r"^if step == 1 -> if True": "a fit that has ended does not go on",
         r"^schedule=": "test_steps_may_grow of test_scripts",
     },
-    "rlhf": SUPERVISED,
+    "rlhf": SUPERVISED
+    | {
+        r"^args\.beta -> .* @ if ": "half of it has the same sign",
+        r"^if step == args\.offline_steps -> if True": "r changes no more after that step, the last that counts",
+    },
     "dpo": SUPERVISED | {r"^args\.beta -> .* @ if ": "half of it has the same sign"},
     "rlpd": {r"^loss_(q|pi)\.detach\(\)": "Run.watch detaches what it keeps"},
     "off2on": {

@@ -79,7 +79,10 @@ def test_whole_run(loss, eps, tmp_path, monkeypatch, capsys):
     assert {tuple(x) for x in answers.tolist()} >= {tuple(x) for x in data.train.tokens[..., 4:].flatten(0, 1).tolist()}
     params = {name: x.clone().requires_grad_() for name, x in reference.items()}
     opt, rows = Adam(params, 0.0), [x for name, x in traced.random["dpo"] if name == "randint"]
-    assert len(rows) == 25 and all(x.min() >= 0 and x.max() < 20 for x in rows)
+    assert len(rows) == 25 and all(x.shape == (5,) for x in rows) and 10 < torch.cat(rows).max() < 20
+    torch.manual_seed(3)
+    assert torch.equal(rows[0], torch.randint(20, (5,)))
+    assert (tmp_path / "cache" / "sft" / "pydoc" / "text" / "seed=0,sft_steps=30").is_dir()
     told = [loss[f"{loss_}_loss"].item() for name, loss in traced.losses if name == "dpo" for loss_ in (args.loss,)]
     for step, drawn in enumerate(rows, 1):
         tokens = data.train.tokens[drawn]
@@ -100,10 +103,8 @@ def test_whole_run(loss, eps, tmp_path, monkeypatch, capsys):
     actor.load_state_dict(traced.end["dpo"]["actor"])
     torch.manual_seed(3)
     assert torch.equal(traced.answers[1], dpo.sample(actor, prompts))
-    assert (
-        f"{text.decode(prompts[0])}|{text.decode(traced.answers[1][0])}|  gold {golds[0]:.2f}"
-        in capsys.readouterr().out
-    )
+    shown = f"{text.decode(prompts[0])}|{text.decode(traced.answers[1][0])}|  gold {golds[0]:.2f}"
+    assert shown in capsys.readouterr().out
     np.testing.assert_array_equal(golds, text.gold(text.decode(prompts), text.decode(traced.answers[1])))
     held_out = [(log_prob(params, x) - log_prob(reference, x))[:, 3:].sum(1) for x in data.test.tokens.unbind(1)]
     torch.testing.assert_close(more["margin"], 0.4 * (held_out[0] - held_out[1]).mean())

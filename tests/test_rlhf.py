@@ -99,9 +99,20 @@ def test_whole_run(tmp_path, monkeypatch, capsys):
     assert_same(traced.end["sft"]["actor"], {name: x.detach() for name, x in params.items()}, "supervised")
     told = [loss["supervised_loss"].item() for name, loss in traced.losses if name == "sft"]
     np.testing.assert_allclose(told, losses, rtol=1e-9)
+    assert [x.shape for _, x in traced.random["sft"]] == [(32, 1)] * 30
+    windows = corpus.held_out[: len(corpus.held_out) // 9 * 9].view(-1, 9)
+    torch.testing.assert_close(traced.reports[0][3]["held_out_loss"], -log_prob(params, windows).mean().detach())
+    assert (tmp_path / "cache" / "sft" / "pydoc" / "text" / "seed=0,sft_steps=30").is_dir()
     reference, start = traced.end["sft"]["actor"], traced.start["rlhf"]
     assert_same(start["actor"], reference, "it begins with the supervised model")
-    assert (start["value"]["weight"] == 0).all()
+    assert (start["value"]["weight"] == 0).all() and start["scale"].tolist() == [1, 0]
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(3)
+    torch.nn.Linear(8, 1)
+    fresh = rlhf.Transformer(8, 2, 1).state_dict()
+    torch.set_default_dtype(torch.float32)
+    assert start["reward"].keys() == fresh.keys()
+    assert torch.equal(start["reward"]["head.weight"], 20 * fresh["head.weight"])  # trace makes them so large
     data = text.load_pairs("text-preferences", corpus, module(reference), None)  # from the cache: nobody writes
 
     draws, told = iter(traced.random["rlhf"]), [loss for name, loss in traced.losses if name == "rlhf"]
