@@ -84,6 +84,7 @@ bench-peers: $(READY) .venv-peers/installed .venv-imitation/installed  ## the sa
 	$(PYTHON) results/peers.py --peers .venv-peers/bin/python td3_bc
 	$(PYTHON) results/peers.py --peers .venv-peers/bin/python iql
 	$(PYTHON) results/peers.py --peers .venv-peers/bin/python cql
+	$(PYTHON) results/peers.py --peers .venv-peers/bin/python fqe
 	$(PYTHON) results/peers.py --peers .venv-imitation/bin/python gail
 
 .venv-peers/installed:

@@ -1,13 +1,14 @@
-"""TD3+BC updates per second here, in d3rlpy and in torchrl; IQL's and CQL's here and in d3rlpy; GAIL's environment
-steps per second here and in imitation: make bench-peers.
+"""TD3+BC updates per second here, in d3rlpy and in torchrl; IQL's, CQL's and FQE's here and in d3rlpy; GAIL's
+environment steps per second here and in imitation: make bench-peers.
 
 Each candidate is a process of its own with the same data (halfcheetah-medium), batch size, widths and device, and all
 threads for itself: they take turns, one round after another, so that a machine whose speed drifts slows all alike.
 An update draws its batch and makes one step of the critic, TD3+BC's every second one a step of actor and targets,
 IQL's and CQL's every one; CQL samples 30 actions for each state in either library. GAIL acts in Hopper, in an iteration
 8,000 steps in 8 environments, followed by 30 updates of the discriminator and 10 epochs of PPO, all on batches of 256.
+FQE values one policy, TD3+BC's as it is initialised.
 
-Usage: python results/peers.py --peers .venv-peers/bin/python td3_bc     (or iql, cql; on an otherwise idle machine)
+Usage: python results/peers.py --peers .venv-peers/bin/python td3_bc     (or iql, cql, fqe; on an idle machine)
        python results/peers.py --peers .venv-imitation/bin/python gail
 """
 
@@ -25,9 +26,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 ROUNDS, SECONDS = 7, 3.0  # each round gives each candidate about so long
-OURS = {"td3_bc": (1, 4, 16), "iql": (1, 4), "cql": (1, 4), "gail": (1,)}  # seeds
+OURS = {"td3_bc": (1, 4, 16), "iql": (1, 4), "cql": (1, 4), "fqe": (1,), "gail": (1,)}  # seeds
 PEERS = {"td3_bc": ("d3rlpy", "d3rlpy, one fixed batch", "torchrl"), "iql": ("d3rlpy",), "cql": ("d3rlpy",)}
-PEERS["gail"] = ("imitation",)
+PEERS |= {"fqe": ("d3rlpy",), "gail": ("imitation",)}
 TASKS = {"gail": "hopper-expert"}  # the others': halfcheetah-medium
 STRIDE = {"gail": 8000}  # steps in what is called an update here
 
@@ -63,12 +64,22 @@ def run_ours(script, seeds):
                 torch.cuda.synchronize()
             print("seconds", time.perf_counter() - start, flush=True)
 
-    module.Run.steps = paused
     with tempfile.TemporaryDirectory() as folder:
         os.environ["RUNS_DIR"] = folder
-        more = {} if script in STRIDE else {"seeds": seeds}
         env = TASKS.get(script, "halfcheetah-medium")
+        more = {} if script in STRIDE else {"seeds": seeds}
+        if script == "fqe":
+            more = {"policies": (first_checkpoint(env),)}
+        module.Run.steps = paused
         module.train(module.Args(env=env, source="collected", steps=8 * 10**8, eval_every=8 * 10**8, **more))
+
+
+def first_checkpoint(env):
+    """Of td3_bc.py after one update."""
+    import td3_bc
+
+    td3_bc.train(td3_bc.Args(env=env, source="collected", steps=1, eval_episodes=1))
+    return str(next(Path(os.environ["RUNS_DIR"]).rglob("checkpoint.pt")))
 
 
 def columns(path):
@@ -91,8 +102,12 @@ def run_d3rlpy(script, path, fixed):
         width = d3rlpy.models.VectorEncoderFactory([256, 256, 256])
         words = dict(actor_encoder_factory=width, critic_encoder_factory=width, alpha_learning_rate=0.0)
         config = d3rlpy.algos.CQLConfig(batch_size=256, observation_scaler=scaler, n_action_samples=10, **words)
-    agent = config.create(device="cuda:0" if torch.cuda.is_available() else "cpu:0")
+    device = "cuda:0" if torch.cuda.is_available() else "cpu:0"
+    agent = config.create(device=device)
     agent.build_with_dataset(data)
+    if script == "fqe":
+        agent = d3rlpy.ope.FQE(agent, d3rlpy.ope.FQEConfig(batch_size=256), device=device)
+        agent.build_with_dataset(data)
     batch = data.sample_transition_batch(256)
     for n in commands():
         timed(lambda: agent.update(batch if fixed else data.sample_transition_batch(256)), n)
