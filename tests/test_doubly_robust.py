@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_importance_sampling import FOUND, logs, printed
 
-from algorithms import doubly_robust, fqe
+from algorithms import doubly_robust, fqe, td3_bc
 from algorithms.doubly_robust import (
     Args,
     cross_fitted,
@@ -20,9 +20,10 @@ from algorithms.doubly_robust import (
     train,
     with_tail,
 )
-from datasets import Dataset, Task, UserError, collect_discrete, find_task
+from datasets import Dataset, Task, UserError, collect_discrete, find_task, load
+from datasets.collect import POLICIES
 from datasets.tasks import icu_sepsis
-from results.policies import Discrete, load_policies, log_probs
+from results.policies import Discrete, load_critics, load_policies, log_probs
 
 CHANCES = chain.chances_under_b()[None]
 TRUTH = chain.value(chain.PI)
@@ -213,6 +214,46 @@ def test_train(cut, monkeypatch, tmp_path, capsys):
         assert rows[name][0] == pytest.approx(estimator().item(), rel=1e-3), name
         ends_ = doubly_robust.interval(estimator, 50, 300, np.random.default_rng(2))
         np.testing.assert_allclose(rows[name][1:], ends_, rtol=2e-3)
+
+
+def test_estimators_without_a_result(monkeypatch, tmp_path, capsys):
+    """Each says why; and whose estimates they are."""
+
+    def failing(*words):
+        raise UserError("It overflows.")
+
+    monkeypatch.setattr(doubly_robust, "load", lambda *words, **options: dataset(50))
+    monkeypatch.setattr(doubly_robust, "interval", failing)
+    np.save(tmp_path / "pi.npy", chain.PI)
+    train(Args(policies=(str(tmp_path / "pi.npy"),)))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["", str(tmp_path / "pi.npy")] and lines[2].split() == ["estimate", "95", "%", "interval"]
+    assert [line.split() for line in lines[3:]] == [[name, "none", "It", "overflows."] for name in ("DM", "DR", "WDR")]
+
+
+def test_continuous(collected, tmp_path, capsys):
+    """With FQE's critic: the estimates of the parts put together by hand, V over --samples actions by --seed."""
+    common = dict(eval_every=3, batch_size=8, device="cpu")
+    td3_bc.train(td3_bc.Args(str(collected), steps=3, eval_episodes=1, **common))
+    policy = str(next((tmp_path / "runs" / "td3_bc").rglob("checkpoint.pt")))
+    fqe.train(fqe.Args((policy,), str(collected), steps=3, noise=True, std=0.3, **common))
+    critic = str(next((tmp_path / "runs" / "fqe").rglob("checkpoint.pt")))
+    medium = str(POLICIES / "hopper-0105000.npz")
+    words = dict(critic=critic, behaviour=medium, truncate=5.0, resamples=20, samples=3, seed=4)
+    capsys.readouterr()
+    train(Args(str(collected), **words))
+    rows = printed(capsys)
+    torch.manual_seed(4)  # networks that are loaded draw, too, before they are filled
+    data = load(str(collected), discrete=None)
+    ((policy,), (q_function,)) = load_critics(critic, data)
+    log_b = log_probs(*load_policies([medium], data), data)
+    log_w = doubly_robust.log_weights(log_probs(policy, data), log_b, data.ends, 5.0)
+    q, v, next_v = from_critic(data, policy, q_function, 3)
+    v = with_tail(v, next_v, data.done.numpy() > 0, data.ends)
+    expected = estimators(log_w, pad(data.rew.numpy(), data.ends), pad(q, data.ends), v, 0.99)
+    assert list(rows) == list(expected)
+    for name, estimator in expected.items():
+        assert rows[name][0] == pytest.approx(estimator().item(), rel=1e-3), name
 
 
 def test_no_critic(collected):
