@@ -193,7 +193,7 @@ def test_from_critic():
 @pytest.mark.parametrize("cut", [False, True])
 def test_train(cut, monkeypatch, tmp_path, capsys):
     """What is printed are the estimates of the parts put together by hand."""
-    monkeypatch.setattr(doubly_robust, "load", lambda *words, **options: dataset(50, cut))
+    monkeypatch.setattr(doubly_robust, "load", lambda *words, discrete: dataset(50, cut))
     np.save(tmp_path / "pi.npy", chain.PI)
     np.save(tmp_path / "b.npy", chain.B)
     words = {"behaviour": str(tmp_path / "b.npy"), "gamma": 0.9, "resamples": 300, "seed": 2}
@@ -225,7 +225,7 @@ def test_estimators_without_a_result(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(doubly_robust, "load", lambda *words, **options: dataset(50))
     monkeypatch.setattr(doubly_robust, "interval", failing)
     np.save(tmp_path / "pi.npy", chain.PI)
-    train(Args(policies=(str(tmp_path / "pi.npy"),)))
+    train(Args(policies=(str(tmp_path / "pi.npy"),), truncate=1.0))
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["", str(tmp_path / "pi.npy")] and lines[2].split() == ["estimate", "95", "%", "interval"]
     assert [line.split() for line in lines[3:]] == [[name, "none", "It", "overflows."] for name in ("DM", "DR", "WDR")]

@@ -172,7 +172,7 @@ def discrete(monkeypatch, tmp_path):
     obs, next_obs = np.eye(chain.S)[state], np.eye(chain.S)[next_state]
     rows = torch.tensor(np.column_stack([obs, act, rew, next_obs, done]), dtype=torch.float32)
     task = Task("chain-logs")
-    load = lambda *words, **options: Dataset(task, "own", "", rows.clone(), ends, chain.S, 1, chain.A)
+    load = lambda *words, discrete: Dataset(task, "own", "", rows.clone(), ends, chain.S, 1, chain.A)
     monkeypatch.setattr(importance_sampling, "load", load)
     np.save(tmp_path / "pi.npy", chain.PI)
     np.save(tmp_path / "b.npy", chain.B)
@@ -257,7 +257,11 @@ def test_continuous(collected, capsys):
     data = importance_sampling.load(str(collected), discrete=None)
     rew = pad(data.rew.numpy(), data.ends)
     mean = (rew @ 0.99 ** np.arange(rew.shape[1])).mean()
-    rows = printed(capsys)
+    shown = capsys.readouterr().out
+    print(shown)
+    rows, T = printed(capsys), rew.shape[1]
+    steps = [int(line.split()[0]) for line in shown.split("deviation of log W\n")[1].splitlines()]
+    assert steps == [2**k for k in range(20) if 2**k < T] + [T]
     assert len(rows) == 4 and all(value[0] == pytest.approx(mean, rel=1e-3) for value in rows.values())
     (policy,) = load_policies([medium], data)
 
@@ -281,13 +285,16 @@ def test_deterministic(collected, tmp_path, capsys):
     assert all(value[0] == pytest.approx(mean, rel=1e-3) for value in printed(capsys).values())
 
 
-def test_seed(collected, capsys):
+def test_seed(collected, monkeypatch, capsys):
     """The estimated behaviour policy, and so all that is printed, goes by the seed."""
-    shown = []
+    shown, seeds, estimated = [], [], importance_sampling.estimated
+    monkeypatch.setattr(
+        importance_sampling, "estimated", lambda *w: seeds.append(torch.initial_seed()) or estimated(*w)
+    )
     for seed in (3, 3, 1):
         train(Args((str(POLICIES / "hopper-0105000.npz"),), str(collected), seed=seed, steps=3, resamples=5))
         shown.append(capsys.readouterr().out)
-    assert shown[0] == shown[1] != shown[2]
+    assert shown[0] == shown[1] != shown[2] and seeds == [3, 3, 1]
 
 
 @pytest.mark.parametrize("truncate", [-1.0, 0.0])
