@@ -2,6 +2,7 @@
 
     deterministic  L_pi = E (pi(obs) - act)^2
     gaussian       L_pi = -E log N(act; pi(obs), std(obs)^2), less its constant
+    discrete       L_pi = -E log pi(act | obs), where the data's actions are; the likeliest acts
 
 --top-fraction 0.1 is 10% BC: it clones only the tenth of the trajectories with the highest returns, as CORL does. Chen
 et al. (Decision Transformer, NeurIPS 2021, arXiv:2106.01345) take the best trajectories up to a tenth of the timesteps.
@@ -46,7 +47,7 @@ class Args:
     record: bool = False  # keep the run's record in results/runs/ as well
     video: bool = False  # draw the trained policy into the run's folder, at the end
     graph: bool = True  # replay each update as one CUDA graph, on a GPU
-    policy: Literal["deterministic", "gaussian"] = "deterministic"  # gaussian: its deviation is the observation's, too
+    policy: Literal["deterministic", "gaussian"] = "deterministic"  # of continuous actions; gaussian: with a deviation
     top_fraction: float = 1.0  # share of the trajectories that are cloned, the best by return (0.1: 10% BC)
     demos: int = 0  # trajectories of the expert, drawn at random; 0: all that there are, whole
     every: int = 20  # of each trajectory, every so manieth pair is used (with --demos)
@@ -70,9 +71,19 @@ class Actor(nn.Module):
         return self.net(obs).tanh()
 
 
+def classifier(obs_dim, n_actions):
+    """obs (B, O) -> the logits of discrete actions (B, A)."""
+    return mlp(obs_dim, 256, 256, n_actions)
+
+
 def policy(obs, actor):
     """The action to evaluate: obs (B, O) -> act (B, A)."""
     return actor(obs)
+
+
+def choice(obs, actor):
+    """The discrete action to evaluate, the likeliest: obs (B, O) -> act (B,)."""
+    return actor(obs).argmax(-1)
 
 
 def actor_loss(batch, actor):
@@ -83,6 +94,10 @@ def gaussian_loss(batch, actor, deviation):
     """The negative log-likelihood, less its constant. The mean acts, and is the deterministic policy's network."""
     mean, log_std = actor(batch.obs), deviation(batch.obs).clamp(-5, 2)  # (B, A) each
     return (0.5 * ((batch.act - mean) / log_std.exp()) ** 2 + log_std).sum(-1).mean()
+
+
+def discrete_loss(batch, actor):
+    return F.cross_entropy(actor(batch.obs), batch.act)
 
 
 def top_trajectories(data, fraction):
@@ -114,17 +129,24 @@ def train(args):
     run = Run(__file__, args)
     if not 0 < args.top_fraction <= 1:
         raise UserError(f"--top-fraction must lie in (0, 1], not {args.top_fraction}.")
-    data = load(args.env, args.source, run.device, args.eval_env)
+    data = load(args.env, args.source, run.device, args.eval_env, discrete=None)
+    if data.n_actions and args.policy == "gaussian":
+        raise UserError(
+            f"--policy gaussian is for continuous actions, and {args.env} has {data.n_actions} discrete ones."
+        )
     if args.top_fraction < 1:
         data.keep(top_trajectories(data, args.top_fraction))
     if args.demos:
         data.keep_demos(args.demos, args.every, args.seed)
-    data.normalize_obs()  # (obs - mean) / (std + 1e-3)
+    if not data.n_actions:  # states and frames are in no other units
+        data.normalize_obs()  # (obs - mean) / (std + 1e-3)
 
-    actor = stack([Actor(data.obs_dim, data.act_dim) for _ in range(args.seeds)]).to(run.device)
-    nets, loss_of = {"actor": actor}, actor_loss
+    O, A = data.obs_dim, data.n_actions or data.act_dim
+    net, loss_of, acts = (classifier, discrete_loss, choice) if data.n_actions else (Actor, actor_loss, policy)
+    actor = stack([net(O, A) for _ in range(args.seeds)]).to(run.device)
+    nets = {"actor": actor}
     if args.policy == "gaussian":
-        deviations = [mlp(data.obs_dim, 256, 256, data.act_dim) for _ in range(args.seeds)]
+        deviations = [mlp(O, 256, 256, A) for _ in range(args.seeds)]
         nets, loss_of = nets | {"deviation": stack(deviations).to(run.device)}, gaussian_loss
     params = [param for net in nets.values() for param in net.parameters()]
     actor_opt = torch.optim.Adam(params, args.lr, fused=True, capturable=True)
@@ -139,7 +161,7 @@ def train(args):
         run.watch({"actor_loss": loss})
 
     update = run.graphed(update)
-    act = lift(args.seeds, policy, actor)
+    act = lift(args.seeds, acts, actor)
     for step in run.steps(data, **nets, actor_opt=actor_opt):
         update()
         if run.due(step):

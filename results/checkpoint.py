@@ -27,15 +27,17 @@ def load_agent(path, device="cpu"):
     script = importlib.import_module(f"algorithms.{saved['algorithm']}")
     seeds, members = (saved["args"].get(name, 1) for name in ("seeds", "members"))  # members: of one agent's policy
     known = lambda *names: [saved["args"][name] for name in names if name in saved["args"]]
-    if data.n_actions:  # the critic acts
+    act = script.policy
+    if data.n_actions and hasattr(script, "classifier"):
+        actors, act = [script.classifier(data.obs_dim, data.n_actions) for _ in range(seeds)], script.choice
+    elif data.n_actions:  # the critic acts
         actors = [script.Critic(data.obs_shape, data.n_actions, *known("quantiles")) for _ in range(seeds)]
+        act = partial(act, threshold=saved["args"]["threshold"]) if "threshold" in saved["args"] else act
     else:
         sizes = data.obs_dim, data.act_dim, *known("width", "n_samples")
         actors = [script.Actor(*sizes) for _ in range(seeds * members)]
     actor = (script.stack(actors) if len(actors) > 1 else actors[0]).to(device)
-    actor.load_state_dict(saved["state"]["critic" if data.n_actions else "actor"])
-    words = {"threshold": saved["args"]["threshold"]} if data.n_actions and "threshold" in saved["args"] else {}
-    act = partial(script.policy, **words)
+    actor.load_state_dict(saved["state"]["actor" if "actor" in saved["state"] else "critic"])
     policy = script.lift(seeds, act, actor) if seeds > 1 else lambda obs: act(obs, actor)
     if hasattr(script, "Rollout"):  # a policy with a memory, for one evaluation
         policy = script.Rollout(script.Args(**saved["args"]), data.act_dim, policy, saved["args"]["target"])

@@ -111,6 +111,10 @@ def _checkpoint(path, data, std):
         raise UserError(f"{path} holds {saved['args']['seeds']} agents; evaluate one that was trained with --seeds 1.")
     _check_task(path, Task(**saved["task"]).family, data, len(saved["obs_mean"]))
     normalized = lambda obs: (obs - saved["obs_mean"]) / saved["obs_std"]
+    if data.n_actions and hasattr(script, "classifier"):
+        actor = script.classifier(data.obs_dim, data.n_actions).to(device).requires_grad_(False)
+        actor.load_state_dict(saved["state"]["actor"])
+        return Discrete(str(path), lambda obs: actor(normalized(obs)).softmax(-1))
     if data.n_actions:  # the action that it takes for the best
         policy = load_agent(path, device)[-1]
         return Discrete(str(path), lambda obs: F.one_hot(policy(normalized(obs)), data.n_actions).to(obs.dtype))

@@ -23,7 +23,7 @@ ASKS = {"env": "hopper-expert", "round_steps": 20, "eval_every": 20, "updates": 
 GAIL = {"envs": 2, "horizon": 10, "eval_every": 20}
 PHASES = {"offline_steps": 30, "eval_every": 100}
 SCRIPTS = {
-    "bc": Script("imitation", 160),
+    "bc": Script("imitation", 175),
     "dagger": Script("imitation", 190, acts=True, quick=ASKS),
     "hg_dagger": Script("imitation", 190, acts=True, quick=ASKS),
     "safe_dagger": Script("imitation", 190, acts=True, quick=ASKS),

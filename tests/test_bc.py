@@ -9,7 +9,9 @@ from test_scripts import arguments, assert_equal, trained
 from update import Adam, assert_same, columns, episodes, leaves, mlp, table, trace
 
 from algorithms import bc
-from datasets import Batch, UserError
+from datasets import Batch, UserError, load
+from results.checkpoint import load_agent
+from results.policies import load_policies
 
 
 def test_update(small, monkeypatch):
@@ -65,6 +67,49 @@ def test_gaussian_resumes(seeds, small, tmp_path, monkeypatch):
     assert_equal(whole["state"], parts["state"])
     shapes = [x.shape for x in whole["state"]["deviation"].values()]
     assert all(shape[0] == 2 for shape in shapes) if seeds == 2 else shapes[0] == (256, 11)
+
+
+def test_discrete_update(small, monkeypatch):
+    """Cross-entropy, of observations as they are."""
+    path = small.with_name("cartpole.hdf5")
+    traced = trace(bc, monkeypatch, arguments(bc, path, steps=8, batch_size=16, lr=1e-3))
+    torch.testing.assert_close(traced.rows, table(*columns(path)), rtol=1e-9, atol=1e-9)
+    actor = leaves(traced.start["actor"])
+    assert [len(x) for x in actor.values()] == [256, 256, 256, 256, 2, 2]
+    opt = Adam(actor, 1e-3)
+    for batch in traced.batches:
+        chances = mlp(actor, batch.obs).exp()
+        taken = chances[range(16), batch.act] / chances.sum(1)
+        opt.step(-taken.log().mean())
+    assert_same(traced.watched[-1]["actor_loss"], -taken.log().mean())
+    assert_same(actor, traced.end["actor"])
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_discrete_resumes(seeds, small, tmp_path, monkeypatch):
+    """And what is evaluated is the likeliest action; a policy to be valued has its probabilities."""
+    path = small.with_name("cartpole.hdf5")
+    args = arguments(bc, path, steps=20, batch_size=16, seeds=seeds, eval_episodes=3)
+    whole = trained(tmp_path, monkeypatch, "whole", (bc.train, args))
+    parts = (bc.train, dataclasses.replace(args, steps=10)), (bc.train, dataclasses.replace(args, resume=True))
+    parts = trained(tmp_path, monkeypatch, "parts", *parts)
+    assert_equal(whole["state"], parts["state"])
+    checkpoint = next((tmp_path / "whole").rglob("checkpoint.pt"))
+    _, _, data, act = load_agent(checkpoint)
+    returns = data.evaluate(act, 3, args.seed, seeds)
+    np.testing.assert_array_equal(np.atleast_2d(returns), whole["curve"][-1]["returns"])
+    if seeds == 1:
+        obs = torch.randn(5, 4)
+        net = bc.classifier(4, 2)
+        net.load_state_dict(whole["state"]["actor"])
+        assert torch.equal(act(obs), net(obs).argmax(1))
+        (policy,) = load_policies([checkpoint], load(str(path), discrete=True))
+        torch.testing.assert_close(policy.probs(obs), net(obs).softmax(1))
+
+
+def test_gaussian_is_continuous(small):
+    with pytest.raises(UserError, match="--policy gaussian is for continuous actions, and .* has 2 discrete ones"):
+        bc.train(arguments(bc, small.with_name("cartpole.hdf5"), steps=1, policy="gaussian"))
 
 
 @pytest.mark.parametrize("changes", [dict(top_fraction=0.3), dict(demos=1), dict(top_fraction=0.6, demos=2)])

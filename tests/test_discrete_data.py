@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import random_cartpole
 
-from algorithms import bc, discrete_cql, offline_dqn
+from algorithms import discrete_cql, offline_dqn, td3_bc
 from datasets import GAMES, ActionLog, Dataset, UserError, collect_discrete, find_task, icu_sepsis, load
 from datasets.collect import collected_file
 from datasets.minari_io import export_minari
@@ -144,7 +144,7 @@ def test_buffer(game):
 
 def test_continuous_and_discrete_do_not_mix(small, tmp_path):
     with pytest.raises(UserError, match="has 2 discrete actions; this algorithm is for continuous ones"):
-        bc.train(bc.Args(str(small.with_name("cartpole.hdf5"))))
+        td3_bc.train(td3_bc.Args(str(small.with_name("cartpole.hdf5"))))
     with pytest.raises(
         UserError, match="has continuous actions; this algorithm is for discrete ones, say cartpole-replay"
     ):
