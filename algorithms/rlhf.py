@@ -237,8 +237,9 @@ def train(args):
 
     @torch.no_grad()
     def pair_scores(batch):
-        """r of both answers of each pair, (B, 2)."""
-        return score(batch.tokens.flatten(0, 1), batch.mask.flatten(0, 1), reward).view(-1, 2)
+        """r of both answers of each pair, (N, 2)."""
+        both = zip(*(column.flatten(0, 1).split(1000) for column in batch))
+        return torch.cat([score(*some, reward) for some in both]).view(-1, 2)
 
     @torch.no_grad()
     def judge(tokens):
