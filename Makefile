@@ -86,6 +86,9 @@ bench-peers: $(READY) .venv-peers/installed .venv-imitation/installed  ## the sa
 	$(PYTHON) results/peers.py --peers .venv-peers/bin/python cql
 	$(PYTHON) results/peers.py --peers .venv-peers/bin/python fqe
 	$(PYTHON) results/peers.py --peers .venv-imitation/bin/python gail
+	$(PYTHON) results/peers.py --peers .venv-imitation/bin/python airl
+	$(PYTHON) results/peers.py --peers .venv-imitation/bin/python dagger
+	$(PYTHON) results/peers.py --peers .venv-imitation/bin/python maxent_irl
 
 .venv-peers/installed:
 	python3 -m venv .venv-peers
@@ -94,7 +97,7 @@ bench-peers: $(READY) .venv-peers/installed .venv-imitation/installed  ## the sa
 
 .venv-imitation/installed:
 	python3 -m venv .venv-imitation
-	.venv-imitation/bin/python -m pip install --disable-pip-version-check torch==2.13.0 imitation==1.0.1 "gymnasium[mujoco]" mujoco==3.1.6 "numpy<2" h5py
+	.venv-imitation/bin/python -m pip install --disable-pip-version-check torch==2.13.0 imitation==1.0.1 "gymnasium[mujoco]" mujoco==3.1.6 "numpy<2" "pyarrow<20" "datasets<4" h5py
 	touch $@
 
 policies: $(READY)  ## train the behaviour policies again and copy the chosen snapshots (hours; goes on where it stopped)

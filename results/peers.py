@@ -1,15 +1,18 @@
-"""TD3+BC updates per second here, in d3rlpy and in torchrl; IQL's, CQL's and FQE's here and in d3rlpy; GAIL's
-environment steps per second here and in imitation: make bench-peers.
+"""Updates per second of TD3+BC here, in d3rlpy, in torchrl, of IQL, CQL and FQE here and in d3rlpy; environment steps
+per second of GAIL, AIRL and DAgger here and in imitation, gradient steps of MaxEnt IRL: make bench-peers.
 
 Each candidate is a process of its own with the same data (halfcheetah-medium), batch size, widths and device, and all
 threads for itself: they take turns, one round after another, so that a machine whose speed drifts slows all alike.
 An update draws its batch and makes one step of the critic, TD3+BC's every second one a step of actor and targets,
 IQL's and CQL's every one; CQL samples 30 actions for each state in either library. GAIL acts in Hopper, in an iteration
 8,000 steps in 8 environments, followed by 30 updates of the discriminator and 10 epochs of PPO, all on batches of 256.
-FQE values one policy, TD3+BC's as it is initialised.
+AIRL does the same, and beside GAIL run its sisters here. FQE values one policy, TD3+BC's as it is initialised. DAgger
+asks the same expert, in rounds of 1,000 steps (imitation's end with an episode, and count as long as they were), and
+makes 1,000 updates after each. MaxEnt IRL fits the same soft expert of the gridworld `open` with Adam; after 3,000
+steps of each the occupancies of both fitted policies are compared, and both rewards.
 
 Usage: python results/peers.py --peers .venv-peers/bin/python td3_bc     (or iql, cql, fqe; on an idle machine)
-       python results/peers.py --peers .venv-imitation/bin/python gail
+       python results/peers.py --peers .venv-imitation/bin/python gail     (or airl, dagger, maxent_irl)
 """
 
 import importlib
@@ -26,11 +29,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "algorithms")]
 ROUNDS, SECONDS = 7, 3.0  # each round gives each candidate about so long
-OURS = {"td3_bc": (1, 4, 16), "iql": (1, 4), "cql": (1, 4), "fqe": (1,), "gail": (1,)}  # seeds
+OURS = {"td3_bc": (1, 4, 16), "iql": (1, 4), "cql": (1, 4), "fqe": (1,)}  # seeds
 PEERS = {"td3_bc": ("d3rlpy", "d3rlpy, one fixed batch", "torchrl"), "iql": ("d3rlpy",), "cql": ("d3rlpy",)}
-PEERS |= {"fqe": ("d3rlpy",), "gail": ("imitation",)}
-TASKS = {"gail": "hopper-expert"}  # the others': halfcheetah-medium
-STRIDE = {"gail": 8000}  # steps in what is called an update here
+PEERS |= {"fqe": ("d3rlpy",)} | dict.fromkeys(("gail", "airl", "dagger", "maxent_irl"), ("imitation",))
+SISTERS = {"gail": ("gaifo", "airl", "f_max")}  # that run beside it
+TASKS = dict.fromkeys(("gail", "airl", "dagger"), "hopper-expert")  # the others': halfcheetah-medium
+STRIDE = {"gail": 8000, "airl": 8000, "gaifo": 8000, "f_max": 8000, "dagger": 1000}  # steps in what is called an update
+FITTED, CONVERGED = 500, 3000  # gradient steps of MaxEnt IRL that are timed; after which the results are compared
 
 
 def commands():
@@ -67,11 +72,50 @@ def run_ours(script, seeds):
     with tempfile.TemporaryDirectory() as folder:
         os.environ["RUNS_DIR"] = folder
         env = TASKS.get(script, "halfcheetah-medium")
-        more = {} if script in STRIDE else {"seeds": seeds}
+        more = {} if script == "dagger" else {"source": "collected"}
+        if script not in STRIDE:
+            more["seeds"] = seeds
         if script == "fqe":
-            more = {"policies": (first_checkpoint(env),)}
+            more = {"source": "collected", "policies": (first_checkpoint(env),)}
         module.Run.steps = paused
-        module.train(module.Args(env=env, source="collected", steps=8 * 10**8, eval_every=8 * 10**8, **more))
+        module.train(module.Args(env=env, steps=8 * 10**8, eval_every=8 * 10**8, **more))
+
+
+def run_our_maxent_irl(path):
+    """Each time from the beginning on: the script has no loop to stop in."""
+    import maxent_irl
+
+    for n in commands():
+        start = time.perf_counter()
+        found = maxent_irl.train(maxent_irl.Args(steps=n))
+        print("seconds", time.perf_counter() - start, flush=True)
+        np.save(path.with_name("ours.npy"), found["rew"].numpy())
+
+
+def write_world(path):
+    """The world and the soft expert of maxent_irl.py, as arrays; its visits are of all T + 1 states of an episode, as
+    imitation counts them."""
+    import maxent_irl
+
+    args = maxent_irl.Args()
+    world = maxent_irl.find_world(args.env, args.features, args.wind, args.gamma, args.horizon)
+    policy, _ = maxent_irl.soft_policy(world, args.beta * world.rew)
+    longer = torch.cat([policy, policy[-1:]])
+    arrays = {name: getattr(world, name).numpy() for name in ("move", "start", "rew", "features")}
+    np.savez(path, **arrays, visits=world.visits(longer).sum(0).numpy(), gamma=args.gamma, horizon=args.horizon)
+
+
+def compare_rewards(folder):
+    """By how much the occupancies of the policies that the two rewards make differ, as a share of all, and the
+    correlation of the rewards."""
+    import maxent_irl
+
+    args = maxent_irl.Args()
+    world = maxent_irl.find_world(args.env, args.features, args.wind, args.gamma, args.horizon)
+    ours, theirs = (torch.from_numpy(np.load(folder / f"{name}.npy")).double() for name in ("ours", "imitation"))
+    visits = [world.visits(maxent_irl.soft_policy(world, rew)[0]).sum(0) for rew in (ours, theirs)]
+    apart = (visits[0] - visits[1]).abs().sum() / visits[0].sum() / 2
+    return apart.item(), maxent_irl.correlation(ours, theirs)
 
 
 def first_checkpoint(env):
@@ -162,45 +206,13 @@ def run_torchrl(path):
         timed(update, n)
 
 
-def run_imitation(path):
-    sys.path.remove(str(ROOT))  # what it knows as `datasets` is another package
-    import gymnasium
-    from imitation.algorithms.adversarial.gail import GAIL
-    from imitation.data.types import Transitions
-    from imitation.rewards.reward_nets import BasicRewardNet
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.vec_env import DummyVecEnv
-
-    obs, act, rew, terminals, timeouts = (column[:20_000] for column in columns(path))
-    rows = np.flatnonzero(~(terminals[:-1] | timeouts[:-1]).astype(bool))[::20][:200]  # as many as 4 demos of 50 pairs
-    infos, dones = np.array([{}] * len(rows)), np.zeros(len(rows), bool)
-    demos = Transitions(obs=obs[rows], acts=act[rows], next_obs=obs[rows + 1], dones=dones, infos=infos)
-    envs = DummyVecEnv([lambda: gymnasium.make("Hopper-v4")] * 8)
-    net = {"net_arch": [100, 100], "activation_fn": torch.nn.Tanh}
-    ppo = dict(n_steps=1000, batch_size=256, n_epochs=10, gamma=0.995, gae_lambda=0.97, policy_kwargs=net)
-    agent = PPO("MlpPolicy", envs, **ppo)
-    reward = BasicRewardNet(envs.observation_space, envs.action_space, hid_sizes=(100, 100))
-    gail = GAIL(
-        demonstrations=demos,
-        demo_batch_size=200,  # at most as many as there are
-        venv=envs,
-        gen_algo=agent,
-        reward_net=reward,
-        n_disc_updates_per_round=30,
-        gen_replay_buffer_capacity=8000,
-        allow_variable_horizon=True,
-    )
-    for n in commands():
-        timed(lambda: gail.train(8000), n)
-
-
 class Candidate:
     """A process that updates when it is asked to."""
 
     def __init__(self, python, script, name, path, agents):
         self.name, self.agents, self.rates = name, agents, []
         command = [python, __file__, "--candidate", script, name, str(path), str(agents)]
-        log = Path(tempfile.gettempdir()) / f"peers-{name.replace(' ', '-')}-{agents}.log"
+        log = Path(tempfile.gettempdir()) / f"peers-{script}-{name.replace(' ', '-')}-{agents}.log"
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, bufsize=1
@@ -211,6 +223,7 @@ class Candidate:
         self.stride = STRIDE.get(script, 1)
         self.ask(20 if self.stride == 1 else 1)  # sets everything up
         self.updates = 1 if self.stride > 1 else max(10, int(SECONDS * 50 / self.ask(50)))
+        self.updates = FITTED if script == "maxent_irl" else self.updates  # as many as its Args have
 
     def ask(self, n):
         self.process.stdin.write(f"{n}\n")
@@ -226,13 +239,20 @@ class Candidate:
 def compare(peers, script):
     """Rows (name, median agent-updates/s, median over the rounds of the ratio to each peer)."""
     from datasets import find_task, load
-    from datasets.collect import collected_file
+    from datasets.collect import collected_file, plan
     from results.bench import append, machine
 
-    task = TASKS.get(script, "halfcheetah-medium")
-    load(task, "collected")  # collects the file where it is not there yet
-    path = collected_file(find_task(task))
-    everyone = [Candidate(sys.executable, script, "ours", path, seeds) for seeds in OURS[script]]
+    folder = Path(tempfile.mkdtemp())
+    if script == "maxent_irl":
+        write_world(path := folder / "world.npz")
+    elif script == "dagger":
+        ((path, *_), *_) = plan(find_task(TASKS[script]))  # who collects the task's data
+    else:
+        task = TASKS.get(script, "halfcheetah-medium")
+        load(task, "collected")  # collects the file where it is not there yet
+        path = collected_file(find_task(task))
+    everyone = [Candidate(sys.executable, script, "ours", path, seeds) for seeds in OURS.get(script, (1,))]
+    everyone += [Candidate(sys.executable, sister, f"ours, {sister}", path, 1) for sister in SISTERS.get(script, ())]
     everyone += [Candidate(peers, script, name, path, 1) for name in PEERS[script]]
     for _ in range(ROUNDS):
         for candidate in everyone:
@@ -240,24 +260,32 @@ def compare(peers, script):
     rows = []
     for one in everyone:
         row = {"name": one.name, "seeds": one.agents, "agent_updates_per_s": round(np.median(one.rates))}
-        row |= {
-            peer.name: np.median(np.divide(one.rates, peer.rates)).round(2) for peer in everyone if peer.name != "ours"
-        }
+        for peer in everyone:
+            if peer.name in PEERS[script] or (script in SISTERS and peer.name == "ours"):
+                row[peer.name] = np.median(np.divide(one.rates, peer.rates)).round(2)
         rows.append(row)
         print(", ".join(f"{key}: {value}" for key, value in rows[-1].items()))
     where = machine("cuda" if torch.cuda.is_available() else "cpu")
-    append({"kind": "peers", "script": script, **where, "rows": rows})
+    entry = {"kind": "peers", "script": script, **where, "rows": rows}
+    if script == "maxent_irl":
+        for candidate in everyone:
+            candidate.ask(CONVERGED)
+        entry["apart"], entry["correlation"] = (round(x, 5) for x in compare_rewards(folder))
+        print(f"occupancies differ by {entry['apart']:.2%}; correlation of the rewards {entry['correlation']:.4f}")
+    append(entry)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--candidate"]:
         script, name, path, agents = sys.argv[2:]
-        if name == "ours":
-            run_ours(script, int(agents))
+        if name.startswith("ours"):
+            run_our_maxent_irl(Path(path)) if script == "maxent_irl" else run_ours(script, int(agents))
         elif name == "torchrl":
             run_torchrl(path)
         elif name == "imitation":
-            run_imitation(path)
+            import peers_imitation  # beside this file
+
+            peers_imitation.run(script, Path(path))
         else:
             run_d3rlpy(script, path, fixed=name != "d3rlpy")
     elif sys.argv[1:2] == ["--peers"] and len(sys.argv) == 4 and sys.argv[3] in PEERS:

@@ -33,11 +33,13 @@ def peers(entries):
     for entry in entries:
         if entry["kind"] == "peers":
             script = entry.get("script", "td3_bc")
-            comparisons[order.index(script), script, entry["device"]] = entry["rows"]
+            comparisons[order.index(script), script, entry["device"]] = entry
     tables = []
-    for (_, script, device), rows in sorted(comparisons.items()):
+    for (_, script, device), entry in sorted(comparisons.items()):
+        rows = entry["rows"]
         names = [row["name"] for row in rows if row["name"] in row]
         unit = "environment steps/s" if SCRIPTS[script].acts else "agent-updates/s"
+        unit = "gradient steps/s" if script == "maxent_irl" else unit
         heads = [f"{display_name(script)}, {device}", f"{unit}:", *(f"ratio to {name}:" for name in names)]
         lines = []
         for row in rows:
@@ -45,4 +47,9 @@ def peers(entries):
             ratios = [f"{row[name]:.2f}" for name in names]
             lines.append([row["name"] + seeds, f"{row['agent_updates_per_s']:,}", *ratios])
         tables.append(markdown(heads, lines))
+        if "apart" in entry:
+            tables.append(
+                f"The occupancies of both fitted policies differ by {entry['apart']:.2%}, the rewards' correlation is "
+                f"{entry['correlation']:.4f}."
+            )
     return "\n\n".join(tables)
