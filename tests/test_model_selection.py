@@ -52,12 +52,13 @@ def test_measure(small, tmp_path, monkeypatch):
 def test_findings(expected, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "STUDIES", tmp_path)
     truth = np.arange(8.0)
-    promises = [None, None, *(truth[2:] if not expected else -truth[2:])]
+    promises = [None, 1e6, *(truth[2:] if not expected else -truth[2:])]  # IQL's are of scaled rewards
     points = [{"promise": p, "truth": t, "score": 0.0} for p, t in zip(promises, truth)]
+    names = ["bc", "iql", *6 * ["cql"]]
     good, bad = list(truth + 5), list(np.roll(truth, 4))
     shares = {0.01: {"FQE": bad, "DR": bad}, 1.0: {"FQE": good if expected else bad, "DR": bad}}
     common.keep(
-        "model_selection", tasks={"hopper-medium-replay": {"names": [], "candidates": points, "shares": shares}}
+        "model_selection", tasks={"hopper-medium-replay": {"names": names, "candidates": points, "shares": shares}}
     )
     (sentence,) = model_selection.findings()
     assert ("So it is: from 100 % on" if expected else "Not so: with no share") in sentence
