@@ -1,4 +1,4 @@
-"""What four language models answer to one prompt, of the study of over-optimisation."""
+"""What four language models answer to the same prompts, of the study of over-optimisation."""
 
 import json
 
@@ -14,6 +14,6 @@ def table(cells, published, datasets):
         return ""
     rows = []
     for model, answers in json.loads(path.read_text())["texts"]["prompts"].items():
-        for prompt, answer, gold, proxy in answers[:1]:
+        for prompt, answer, gold, proxy in answers:
             rows.append([model, f"`{prompt}`", f"`{answer}`", f"{gold:.2f}", f"{proxy:.2f}"])
     return markdown(["model", "prompt", "answer", "gold:", "proxy:"], rows)
