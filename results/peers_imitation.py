@@ -6,7 +6,8 @@ import time
 
 import numpy as np
 import torch
-from peers import ROOT, columns, commands, timed
+
+from results.peers import ROOT, columns, commands, timed
 
 
 def run_maxent_irl(path):

@@ -164,7 +164,8 @@ def test_update(changes, tmp_path, monkeypatch, capsys):
         rew = out(params, F)[:, 0]
         opt.step(((visits(plan(rew.detach())) - shown).detach() * rew).sum())
     rew = out(params, F)[:, 0].detach()
-    torch.testing.assert_close(result["rew"], rew, rtol=1e-9, atol=1e-12)
+    # Adam enlarges the rounding of weights whose gradients nearly vanish: 8e-11 on one processor, 0 on another.
+    torch.testing.assert_close(result["rew"], rew, rtol=1e-9, atol=1e-9)
     mine, theirs = visits(plan(rew)) @ F, shown @ F
     gap = ((mine - theirs).norm() / theirs.norm()).item()
     best = visits(plan(world.rew, True)) @ world.rew

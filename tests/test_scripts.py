@@ -376,8 +376,8 @@ def test_demos(small):
     """BC and GAIL with the same arguments are given the same pairs."""
     seen = []
 
-    def load(*words):
-        seen.append(bc_load(*words))
+    def load(*words, **options):
+        seen.append(bc_load(*words, **options))
         return seen[-1]
 
     bc_load = bc.load

@@ -120,9 +120,8 @@ def findings():
             f"Expected on {task}: FQE ranks reliably, correlation above 0.8, from some share of the data on, and "
             f"better than the candidates' own critics. "
             f"{'So it is' if reliable and last['FQE']['rank'] > last['own critic']['rank'] else 'Not so'}: "
-            f"{f'from {100 * reliable:g} % on' if reliable else 'with no share'}. With all data "
-            + "; ".join(f"{method}: {told(cell)}" for method, cell in last.items())
-            + "."
+            f"{f'from {100 * reliable:g} % on' if reliable else 'with no share'}. With all data, "
+            f"{STEPS:,} updates of FQE, " + "; ".join(f"{method}: {told(cell)}" for method, cell in last.items()) + "."
         )
     return sentences
 
