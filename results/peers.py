@@ -33,7 +33,7 @@ OURS = {"td3_bc": (1, 4, 16), "iql": (1, 4), "cql": (1, 4), "fqe": (1,)}  # seed
 PEERS = {"td3_bc": ("d3rlpy", "d3rlpy, one fixed batch", "torchrl"), "iql": ("d3rlpy",), "cql": ("d3rlpy",)}
 PEERS |= {"fqe": ("d3rlpy",)} | dict.fromkeys(("gail", "airl", "dagger", "maxent_irl"), ("imitation",))
 SISTERS = {"gail": ("gaifo", "airl", "f_max")}  # that run beside it
-TASKS = dict.fromkeys(("gail", "airl", "dagger"), "hopper-expert")  # the others': halfcheetah-medium
+TASKS = dict.fromkeys(("gail", "gaifo", "airl", "f_max", "dagger"), "hopper-expert")  # the others': halfcheetah-medium
 STRIDE = {"gail": 8000, "airl": 8000, "gaifo": 8000, "f_max": 8000, "dagger": 1000}  # steps in what is called an update
 FITTED, CONVERGED = 500, 3000  # gradient steps of MaxEnt IRL that are timed; after which the results are compared
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from update import copied
+from update import copied, noted
 
 from datasets import UserError, text
 from results.checkpoint import load_checkpoint
@@ -45,14 +45,9 @@ def trace(script, monkeypatch, args):
         now.pop()
         traced.end[run.algorithm] = copied(state)
 
-    def drawn(name, function):
-        def draw(*words, **options):
-            value = function(*words, **options)
-            if now:
-                traced.random[now[-1]].append((name, value.clone()))
-            return value
-
-        return draw
+    def note(name, value):
+        if now:
+            traced.random[now[-1]].append((name, value))
 
     def watch_traced(run, losses):
         traced.losses.append((run.algorithm, losses))
@@ -64,7 +59,7 @@ def trace(script, monkeypatch, args):
 
     with monkeypatch.context() as patch:
         for name in ("randint", "randperm"):
-            patch.setattr(torch, name, drawn(name, getattr(torch, name)))
+            patch.setattr(torch, name, noted(name, note))
         sample = script.sample
         patch.setattr(script, "sample", lambda *words: traced.answers.append(sample(*words)) or traced.answers[-1])
         normal = torch.nn.init.normal_
@@ -79,6 +74,14 @@ def trace(script, monkeypatch, args):
         finally:
             torch.set_default_dtype(torch.float32)
     return traced
+
+
+def module(params):
+    """Something with these parameters."""
+    net = torch.nn.Module()
+    for i, x in enumerate(params.values()):
+        net.register_parameter(f"x{i}", torch.nn.Parameter(x))
+    return net
 
 
 def norm(x, params, name):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from language import assert_resumes, checkpoint, log_prob, make_small, outputs, supervised, trace
+from language import assert_resumes, checkpoint, log_prob, make_small, module, outputs, supervised, trace
 from update import Adam, assert_same
 
 from algorithms import dpo
@@ -113,14 +113,6 @@ def test_whole_run(loss, eps, tmp_path, monkeypatch, capsys):
     tokens = torch.cat([prompts, traced.answers[1]], 1)
     p, q = (outputs(net, tokens)[:, 3:-1].softmax(-1) for net in (params, reference))
     torch.testing.assert_close(more["kl"], (p * (p / q).log()).sum((1, 2)).mean())
-
-
-def module(params):
-    """Something with these parameters."""
-    net = torch.nn.Module()
-    for i, x in enumerate(params.values()):
-        net.register_parameter(f"x{i}", torch.nn.Parameter(x))
-    return net
 
 
 def test_closed_form(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from language import assert_resumes, checkpoint, hidden, log_prob, make_small, outputs, supervised, trace
+from language import assert_resumes, checkpoint, hidden, log_prob, make_small, module, outputs, supervised, trace
 from update import Adam, assert_same, leaves
 
 from algorithms import dpo, rlhf
@@ -187,14 +187,6 @@ def test_whole_run(tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(more["kl"], (p * (p / q).log()).sum((1, 2)).mean())
     chosen, rejected = (r(x) for x in data.test.tokens.unbind(1))
     assert more["accuracy"] == (chosen > rejected).float().mean()
-
-
-def module(params):
-    """Something with these parameters."""
-    net = torch.nn.Module()
-    for i, x in enumerate(params.values()):
-        net.register_parameter(f"x{i}", torch.nn.Parameter(x))
-    return net
 
 
 def test_closed_form(tmp_path, monkeypatch):

@@ -31,6 +31,18 @@ def copied(state):
     }
 
 
+def noted(name, note):
+    """torch's function of that name, after which `note(name, what it drew)` is called."""
+    function = getattr(torch, name)
+
+    def draw(*words, **options):
+        value = function(*words, **options)
+        note(name, value.clone())
+        return value
+
+    return draw
+
+
 def trace(script, monkeypatch, args, task=None):
     """Trains, and returns what was Traced. task: what of the data's task is to be changed, {field: value}."""
     traced, steps, sample = Traced({}, {}, None, [], [], []), Run.steps, Dataset.sample
@@ -56,21 +68,16 @@ def trace(script, monkeypatch, args, task=None):
         drawing.pop()
         return batch
 
-    def drawn(name, function):
-        def draw(*words, **options):
-            value = function(*words, **options)
-            if drawing and drawing[-1]:
-                traced.random.append((name, value.clone()))
-            return value
-
-        return draw
+    def note(name, value):
+        if drawing and drawing[-1]:
+            traced.random.append((name, value))
 
     def watch(run, losses):
         traced.watched.append({name: loss.detach().clone() for name, loss in losses.items()})
 
     with monkeypatch.context() as patch:
         for name in RANDOM:
-            patch.setattr(torch, name, drawn(name, getattr(torch, name)))
+            patch.setattr(torch, name, noted(name, note))
         patch.setattr(script, "load", load_double, raising=bool(load))
         patch.setattr(Run, "steps", steps_traced)
         patch.setattr(Dataset, "sample", sample_traced)

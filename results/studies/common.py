@@ -105,10 +105,10 @@ def kept(study):
     return json.loads((STUDIES / f"{study}.json").read_text())
 
 
-def mean_std(values):
+def mean_std(values, digits=1):
     """ "43.1 ± 0.4" of the seeds' values, or "43.1" of one."""
-    deviation = f" ± {np.std(values, ddof=1):,.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):,.1f}{deviation}"
+    deviation = f" ± {np.std(values, ddof=1):,.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):,.{digits}f}{deviation}"
 
 
 def beyond(high, low):

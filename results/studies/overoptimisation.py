@@ -16,7 +16,7 @@ Usage: make studies, or python results/studies/overoptimisation.py
 
 import math
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from algorithms import dpo, rlhf
 from datasets import cache_dir, text
 from results.checkpoint import load_checkpoint
+from results.studies import common
 from results.studies.common import SEEDS, beyond, keep, kept, once, save_figure, train
 
 STUDY = "overoptimisation"
 PREFS, WIDTHS, SMALL = (200, 2_000, 20_000), (16, 64), 16
 BETAS, DPO_BETAS, MIDDLE = (0.1, 0.3), (0.03, 0.1, 0.3), 2_000  # with MIDDLE pairs and, of PPO, the small reward model
-UPDATES = {200: 60, 2_000: 300, 20_000: 1_000}  # of the reward model: where the loss of held-out pairs is least
+UPDATES = {200: 60, 2_000: 300, 20_000: 1_000}  # of the reward model: about least held-out loss, in a pilot
 PPO, DPO = ("--steps", 32, "--eval-every", 2), ("--steps", 200, "--eval-every", 20)
 PROMPTS, BEST = 256, 64  # for the best of n: prompts, and answers to each
+mean_std = partial(common.mean_std, digits=2)
 
 
 def cells():
@@ -179,10 +181,6 @@ def measure():
     names = f"ppo {MIDDLE} {SMALL} 0.0", f"ppo {MIDDLE} {SMALL} {BETAS[-1]}", f"dpo {MIDDLE} 0.1"
     shown = once(STUDY, "texts", settings, lambda: texts(*(trained(name, 0) for name in names)))
     keep(STUDY, curves=curves, best=best, texts=shown, closed_form=once(STUDY, "closed form", [], closed_form))
-
-
-def mean_std(values):
-    return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
 
 
 def mean_of(runs, key):
