@@ -216,7 +216,7 @@ def train(args):
         log_w = log_weights(log_probs(policy, data), log_b, data.ends, args.truncate)
         q, v, next_v = fit()
         q, v = pad(q, data.ends), with_tail(v, next_v, data.done.cpu().numpy() > 0, data.ends)
-        print(f"\n{policy.name}\n{'':8}{'estimate':>12}   95 % interval")
+        print(f"\n{policy.name}\n{'':8}{'estimate':>12}   95 % bootstrap interval (of DM, without its bias)")
         for name, estimator in estimators(log_w, rew, q, v, args.gamma).items():
             try:
                 low, high = interval(estimator, len(rew), args.resamples, np.random.default_rng(args.seed))

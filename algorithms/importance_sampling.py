@@ -153,7 +153,7 @@ def train(args):
     print(f"Discounted return of the data: {(rew @ args.gamma ** np.arange(rew.shape[1])).mean():.4g}")
     for policy in policies:
         log_w = log_weights(log_probs(policy, data), log_b, data.ends, args.truncate)
-        print(f"\n{policy.name}\n{'':8}{'estimate':>12}   95 % interval")
+        print(f"\n{policy.name}\n{'':8}{'estimate':>12}   95 % bootstrap interval (too short where few episodes weigh)")
         for name, estimator in estimators(log_w, rew, args.gamma).items():
             try:
                 low, high = interval(estimator, len(rew), args.resamples, np.random.default_rng(args.seed))
