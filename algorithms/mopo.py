@@ -278,6 +278,7 @@ def train(args):
     groups.append(dict(params=[dynamics.low, dynamics.high]))
     model_opt = torch.optim.Adam(groups, args.model_lr, fused=True, capturable=True)
     model_losses, model_errors = (lift(args.seeds, function, dynamics) for function in (model_loss, model_error))
+    correlations = torch.no_grad()(lift(args.seeds, partial(rank_correlation, args), dynamics))
 
     actor = stack([Actor(O, A) for _ in range(args.seeds)]).to(run.device)
     critic = stack([Critic(O, A) for _ in range(args.seeds)]).to(run.device)
@@ -314,7 +315,8 @@ def train(args):
                 kept.copy_(torch.where(better[..., None, None], now, kept))
             run.progress(f"model epoch {epochs.max():.0f}, held-out error {best_error.mean():.4f}")
         dynamics.layers.load_state_dict(best.state_dict())
-        correlation.copy_(lift(args.seeds, partial(rank_correlation, args), dynamics)(held))
+        if not best_error.isfinite().all():
+            raise UserError("The model diverged: its error on held-out data was never finite. Lower --model-lr.")
 
     block = args.h * args.rollouts
     model_rows = torch.zeros(*lead, args.keep * block, data.rows.shape[-1], device=run.device)
@@ -362,6 +364,7 @@ def train(args):
     for step in run.steps(data, **state):
         if step == 1:
             fit_model()
+            correlation.copy_(correlations(held))
         times, rest = divmod(step - 1, args.rollout_every)
         if rest == 0:
             roll_out(times)

@@ -2,6 +2,7 @@
 
 import importlib
 from functools import partial
+from inspect import signature
 
 import torch
 
@@ -18,6 +19,11 @@ def load_checkpoint(path, device="cpu"):
         raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__}).") from None
 
 
+def set_up(function, settings):
+    """A function, or class, with those of the settings that it has arguments for."""
+    return partial(function, **{name: settings[name] for name in signature(function).parameters if name in settings})
+
+
 def load_agent(path, device="cpu"):
     """A checkpoint as (what was saved, its script's module, an empty Dataset that evaluates and scores, the policy as
     a function of normalized obs); of several agents, stacked."""
@@ -26,19 +32,20 @@ def load_agent(path, device="cpu"):
     data.obs_mean, data.obs_std = saved["obs_mean"], saved["obs_std"]
     script = importlib.import_module(f"algorithms.{saved['algorithm']}")
     seeds, members = (saved["args"].get(name, 1) for name in ("seeds", "members"))  # members: of one agent's policy
-    known = lambda *names: [saved["args"][name] for name in names if name in saved["args"]]
-    act = script.policy
+    settings = saved["args"] | {"args": script.Args(**saved["args"])}
     if data.n_actions and hasattr(script, "classifier"):
         actors, act = [script.classifier(data.obs_dim, data.n_actions) for _ in range(seeds)], script.choice
-    elif data.n_actions:  # the critic acts
-        actors = [script.Critic(data.obs_shape, data.n_actions, *known("quantiles")) for _ in range(seeds)]
-        act = partial(act, threshold=saved["args"]["threshold"]) if "threshold" in saved["args"] else act
     else:
-        sizes = data.obs_dim, data.act_dim, *known("width", "n_samples")
-        actors = [script.Actor(*sizes) for _ in range(seeds * members)]
+        act = set_up(script.policy, settings)
+        net, sizes = (
+            (script.Critic, (data.obs_shape, data.n_actions))
+            if data.n_actions
+            else (script.Actor, (data.obs_dim, data.act_dim))
+        )
+        actors = [set_up(net, settings)(*sizes) for _ in range(seeds * members)]
     actor = (script.stack(actors) if len(actors) > 1 else actors[0]).to(device)
     actor.load_state_dict(saved["state"]["actor" if "actor" in saved["state"] else "critic"])
-    policy = script.lift(seeds, act, actor) if seeds > 1 else lambda obs: act(obs, actor)
+    policy = script.lift(seeds, act, actor) if seeds > 1 else lambda *inputs: act(*inputs, actor)
     if hasattr(script, "Rollout"):  # a policy with a memory, for one evaluation
-        policy = script.Rollout(script.Args(**saved["args"]), data.act_dim, policy, saved["args"]["target"])
+        policy = set_up(script.Rollout, settings)(act_dim=data.act_dim, act=policy)
     return saved, script, data, policy

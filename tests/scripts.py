@@ -21,6 +21,7 @@ FAMILIES = ("imitation", "why offline fails", "policy constraint", "pessimism", 
 FAMILIES += ("generative", "offline-to-online", "evaluation", "preferences")
 ASKS = {"env": "hopper-expert", "round_steps": 20, "eval_every": 20, "updates": 5}
 GAIL = {"envs": 2, "horizon": 10, "eval_every": 20}
+MODEL = {"rollouts": 40, "rollout_every": 5, "keep": 2, "model_updates": 20}
 PHASES = {"offline_steps": 30, "eval_every": 100}
 SCRIPTS = {
     "bc": Script("imitation", 175),
@@ -58,7 +59,10 @@ SCRIPTS = {
     "iql": Script("in-sample", 200),
     "xql": Script("in-sample", 225),  # 20 lines of it are TUNED
     "sql": Script("in-sample", 215),
-    "mopo": Script("model-based", 374, quick={"rollouts": 40, "rollout_every": 5, "keep": 2, "model_updates": 20}),
+    "mopo": Script("model-based", 377, quick=MODEL),
+    "morel": Script("model-based", 371, quick=MODEL),
+    "combo": Script("model-based", 375, quick=MODEL | {"n_actions": 2}),
+    "mbop": Script("model-based", 280, quick={"horizon": 2, "candidates": 2}),
     "dt": Script("sequence", 280, quick={"context": 5}),
     "idql": Script("generative", 245, quick={"n_samples": 3}),
     "fql": Script("generative", 230, quick={"width": 32, "flow_steps": 3}),

@@ -15,6 +15,7 @@ PATHS = sorted((ROOT / "algorithms").glob("*.py"))
 SOURCES = {path.stem: path.read_text() for path in PATHS}
 TUNED = tuple(name for name in SOURCES if "\nTUNED = {" in SOURCES[name])
 LIFTED = tuple(name for name in SOURCES if "def lift(" in SOURCES[name])
+MODEL_BASED = ("mopo", "morel", "combo")  # with one dynamics ensemble, and one fit of it
 ALLOWED = {"datasets", "results.run", "results.policies"}  # what a script may import from this repository
 
 
@@ -27,6 +28,12 @@ def pieces(name):
         for node in ast.parse(SOURCES[name]).body
         if isinstance(node, ast.ClassDef | ast.FunctionDef)
     }
+
+
+def within(name):
+    """The functions in `train` of a script."""
+    (train,) = (node for node in ast.parse(SOURCES[name]).body if getattr(node, "name", "") == "train")
+    return [node for node in train.body if isinstance(node, ast.FunctionDef)]
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -93,7 +100,7 @@ def test_arguments_are_explained(name):
 VARIANTS = {
     "Actor": ("rebrac", "sac_n", "edac"),
     "Critic": ("awac", "rebrac"),
-    "policy": ("bco", "cal_ql", "cql", "rlpd", "sac"),
+    "policy": ("bco", "cal_ql", "combo", "cql", "rlpd", "sac"),
 }
 
 
@@ -129,19 +136,27 @@ def test_same_text():
     for name, scripts in [
         ("Actor", ("bc", "td3_bc", "dagger", "safe_dagger")),
         ("Actor", ("sac_n", "edac")),
-        ("Actor", ("offline_sac", "mopo")),
+        ("Actor", ("offline_sac", "mopo", "morel")),
+        ("Actor", ("cql", "combo")),
         ("policy", ("bc", "td3_bc", "rebrac", "dagger", "safe_dagger")),
         ("actor_loss", ("bc", "dagger", "safe_dagger")),
         ("actor_loss", ("hg_dagger", "ensemble_dagger")),
         ("policy", ("iql", "awac")),
-        ("policy", (*squashed, "mopo")),
+        ("policy", (*squashed, "mopo", "morel")),
         ("EnsembleLinear", ("sac", "iql", "awac", "rebrac", "mopo", *squashed)),
-        ("Critic", ("sac", "iql", "offline_sac", "mopo")),
+        ("Critic", ("sac", "iql", "offline_sac", "mopo", "morel")),
+        ("critic_loss", ("mopo", "morel")),
+        *((piece, MODEL_BASED) for piece in ("EnsembleLinear", "Dynamics", "held_out", "outcome", "model_loss")),
+        ("model_error", MODEL_BASED),
         ("Critic", ("sac_n", "edac")),
         ("critic_loss", ("dqn", "offline_dqn")),
         ("vae_loss", ("bcq", "bear")),
     ]:
         assert len({pieces(script)[name] for script in scripts}) == 1, name
+    for function in ("update_model", "fit_model"):
+        texts = {ast.unparse(node) for name in MODEL_BASED for node in within(name) if node.name == function}
+        assert len(texts) == 1, function
+    assert len({SOURCES[name].split("\nNETWORKS, ")[1].split("\n\n")[0] for name in MODEL_BASED}) == 1
     ends = [pieces(name)["Actor"].split("log_std.clamp(")[1].split("\n", 1)[1] for name in ("sac", *squashed)]
     assert len(set(ends)) == 1
     density = "# log N(u) - log |d tanh(u) / du|"
@@ -182,6 +197,7 @@ SISTERS = [("sac_n", "edac", 30), ("iql", "xql", 40), ("iql", "sql", 40), ("iql"
 SISTERS += [("offline_dqn", "discrete_bcq", 40), ("offline_dqn", "discrete_cql", 50)]
 SISTERS += [("dagger", "hg_dagger", 50), ("dagger", "safe_dagger", 40), ("dagger", "ensemble_dagger", 30)]
 SISTERS += [("gail", "gaifo", 20), ("gail", "f_max", 10), ("gail", "airl", 60)]
+SISTERS += [("mopo", "morel", 90), ("mopo", "combo", 180)]
 SISTERS += [("iql", "iql_finetune", 100), ("awac", "awac_finetune", 100), ("cql", "cal_ql", 140)]
 
 

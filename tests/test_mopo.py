@@ -5,10 +5,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from ensembles import CHANGES, assert_model_learned, fitted, gaussians, outcome, shuffled, soft_actor_critic
 from test_scripts import arguments, assert_equal, stopped, trained
-from update import Adam, assert_same, columns, leaves, polyak, q_values, squashed, table, trace
+from update import assert_same, columns, table, trace
 
-from algorithms import mopo
+from algorithms import combo, mopo, morel
 from datasets import Batch, Dataset, UserError, find_task
 from results.run import Run
 
@@ -92,105 +93,30 @@ def test_imagine(monkeypatch):
     assert seen == set(elites.tolist())
 
 
-def gaussians(p, obs, act):
-    """Of the model's weights p, (7, in, out), means and standard deviations: (..., O), (..., A) -> (7, B, O + 1)."""
-    x = torch.cat([(obs - p["obs_mean"]) / p["obs_std"], act], -1)
-    for i in range(5):
-        x = x @ p[f"layers.{i}.weight"] + p[f"layers.{i}.bias"]
-        x = x * x.sigmoid() if i < 4 else x
-    mean, log_std = x.chunk(2, -1)
-    log_std = p["high"] - (1 + (p["high"] - log_std).exp()).log()
-    log_std = p["low"] + (1 + (log_std - p["low"]).exp()).log()
-    return p["y_std"] * mean, p["y_std"] * log_std.exp()
-
-
 @pytest.mark.parametrize("penalty, model_lr, model_updates, B", [("std", 6e-4, 7, 36), ("disagreement", 3e-4, 99, 130)])
 def test_update(penalty, model_lr, model_updates, B, small, tmp_path, monkeypatch):
     """On shuffled data, whose steps are large: a fit that ends by --model-updates, or by patience; rollouts; SAC."""
-    with h5py.File(small) as file, h5py.File(tmp_path / "tiny.hdf5", "w") as part:
-        part.attrs.update(file.attrs)
-        rng = np.random.default_rng(0)
-        for name, column in file.items():
-            part[name] = rng.permutation(column[:])[:150]
-        part["terminals"][9::10] = True
     monkeypatch.setattr(mopo, "PATIENCE", 1)
-    changes = dict(gamma=0.9, tau=0.1, lr=1e-3, actor_lr=2**-10, h=3, lam=0.7, real_ratio=0.3, seed=2, batch_size=B)
-    changes |= dict(penalty=penalty, model_lr=model_lr, model_updates=model_updates, keep=2)
-    args = arguments(mopo, tmp_path / "tiny.hdf5", steps=8, rollouts=60, rollout_every=3, **changes)
+    args = arguments(mopo, shuffled(small, tmp_path / "tiny.hdf5"), **CHANGES, penalty=penalty, batch_size=B)
+    args = dataclasses.replace(args, lam=0.7, model_lr=model_lr, model_updates=model_updates)
     traced = trace(mopo, monkeypatch, args)
     start, end, draws, batches = traced.start, traced.end, (x for _, x in traced.random), iter(traced.batches)
 
     rows = table(*columns(tmp_path / "tiny.hdf5"))
     assert_same(traced.rows, rows)
-    split = lambda rows: rows.split([11, 3, 1, 11, 1], -1)
-    outcome = lambda obs, act, rew, next_obs, done: torch.cat([next_obs - obs, rew], -1)
-    order = torch.randperm(150, generator=torch.Generator().manual_seed(2))
-    held, known = split(rows[order[:30]]), rows[order[30:]]
-    learned, best = leaves(start["dynamics"], "layers", "low", "high"), leaves(start["best"])
-    obs, y = split(rows)[0], outcome(*split(rows))
-    model = {"obs_mean": obs.mean(0), "obs_std": obs.std(0) + 1e-6, "y_std": y.std(0) + 1e-6} | learned
-    opt, best_error, updates, epochs, stale = Adam(learned, model_lr), torch.full((7,), torch.inf).double(), 0, 0, 0
-    while not stale and updates < model_updates:
-        for _ in range(min(max(1, 120 // B), model_updates - updates)):
-            batch = split(known[next(draws)])  # (7, B, ...)
-            mean, std = gaussians(model, *batch[:2])
-            assert mean.shape == (7, B, 12)
-            loss = ((mean - outcome(*batch)) ** 2 / std**2 + (std**2).log()).mean((1, 2)).sum()
-            for i, decay in enumerate((2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)):
-                loss = loss + decay / 2 * sum((x**2).sum() for key, x in learned.items() if f"layers.{i}." in key)
-            opt.step(loss + 0.01 * (2 * model["high"] - 2 * model["low"]).sum())  # the bounds of the log variance
-            updates += 1
-        mean, y = gaussians(model, *held[:2])[0], outcome(*held)
-        error = (((mean - y) ** 2).mean(1) / y.var(0)).mean(1)
-        better = [i for i in range(7) if error[i] < 0.99 * best_error[i]]
-        epochs, stale = epochs + 1, 0 if better else stale + 1
-        best_error[better] = error[better]
-        for key, x in best.items():
-            x.data[better] = model[f"layers.{key}"][better]
-    model |= {f"layers.{key}": x for key, x in best.items()}
+    fit, held = fitted(start, rows, draws, args.seed, B, model_lr, model_updates)
     u = lambda mean, std: (std if penalty == "std" else mean - mean.mean(0)).norm(dim=-1).max(0).values
-    mean, std = gaussians(model, *held[:2])
-    ranks = [x.argsort().argsort() for x in (u(mean, std), (mean.mean(0) - y).norm(dim=1))]
+    mean, std = gaussians(fit["dynamics"], *held[:2])
+    ranks = [x.argsort().argsort() for x in (u(mean, std), (mean.mean(0) - outcome(*held)).norm(dim=1))]
     spearman = 1 - 6 * ((ranks[0] - ranks[1]) ** 2).sum() / (30 * (30**2 - 1))
 
-    nets = {name: leaves(start[name]) for name in ("actor", "critic", "critic_target")}
-    (actor, critic, target), log_alpha = nets.values(), start["log_alpha"].requires_grad_()
-    assert_same(critic, target)
-    assert log_alpha == 0
-    actor_opt, alpha_opt, critic_opt = Adam(actor, None), Adam({"": log_alpha}, 2**-10), Adam(critic, 1e-3)
-    imagined, bound = torch.zeros(2 * 180, 27).double(), 2 * torch.cat(split(rows)[::3]).abs().max(0).values
-    for step in range(8):
-        if step % 3 == 0:
-            obs, place = next(batches).obs, (0, 180, 0)[step // 3]
-            for i in range(3):
-                act = squashed(actor, obs, next(draws))[0]
-                mean, std = gaussians(model, obs, act)
-                elite = best_error.argsort()[(next(draws) * 5).long()]  # for each row
-                y = (mean + std * next(draws))[elite, range(60)]
-                next_obs, rew = (obs + y[:, :-1]).clamp(-bound, bound), y[:, -1] - 0.7 * u(mean, std)
-                fallen = (next_obs[:, 0] <= 0.7) | (next_obs[:, 1].abs() >= 0.2) | (next_obs[:, 1:].abs() >= 100).any(1)
-                imagined[place + 60 * i :][:60] = table(obs, act, rew, next_obs, fallen).detach()
-                obs = torch.where(fallen[:, None], next(batches).obs, next_obs).detach()
-
-        of_model, of_data = next(draws), next(draws)
-        assert (len(of_model), len(of_data)) == (B - int(0.3 * B), int(0.3 * B))
-        assert (of_model.max() < 180) == (step < 3)  # until the second rollouts
-        obs, act, rew, next_obs, done = split(torch.cat([rows[of_data], imagined[of_model]]))
-        alpha = log_alpha.exp().item()
-        next_act, next_log_prob = squashed(actor, next_obs, next(draws))
-        next_v = q_values(target, next_obs, next_act).min(0).values - alpha * next_log_prob
-        goal = (rew[:, 0] + 0.9 * (1 - done[:, 0]) * next_v).detach()
-        pi, log_prob = squashed(actor, obs, next(draws))
-        half_turn = torch.pi * torch.tensor(step / 8, dtype=torch.float32)  # as torch.optim counts its steps
-        actor_opt.lr = (2**-11 * (1 + half_turn.cos())).item()
-        actor_opt.step((alpha * log_prob - q_values(critic, obs, pi).min(0).values).mean())
-        alpha_opt.step(-(log_alpha * (log_prob.detach().mean() - 3)).sum())
-        critic_opt.step(((q_values(critic, obs, act) - goal) ** 2).mean(1).sum())
-        polyak(target, critic, 0.1)
-
-    nets |= {"dynamics": model, "best": best, "best_error": best_error, "log_alpha": log_alpha, "model_rows": imagined}
-    assert_same(nets, {name: end[name] for name in nets})
-    assert (end["epochs"], end["stale"]) == (epochs, stale) and stale == (penalty == "disagreement")
+    assert_same(start["critic"], start["critic_target"])
+    assert start["log_alpha"] == 0
+    settle = lambda mean, std, rew: (rew - 0.7 * u(mean, std), torch.zeros(60, dtype=torch.bool))
+    learned = soft_actor_critic(args, start, fit, rows, draws, batches, settle)
+    assert_same(learned, {name: end[name] for name in learned})
+    assert_model_learned(fit, end)
+    assert (fit["stale"] == 1) == (penalty == "disagreement")
     assert end["correlation"].item() == pytest.approx(spearman.item(), abs=1e-6)
     assert [group["lr"] for group in end["adam_opt"]["param_groups"]] == [0, 2**-10, 1e-3]
 
@@ -269,11 +195,11 @@ def test_model_learns(hopper):
         assert mopo.rank_correlation(mopo.Args(), held, dynamics) > 0.2
 
 
-@pytest.mark.parametrize("seeds", [1, 2])
-def test_resume_is_exact(seeds, small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script, seeds", [(mopo, 1), (mopo, 2), (morel, 2), (combo, 2)])
+def test_resume_is_exact(script, seeds, small, tmp_path, monkeypatch):
     """Stopped by Ctrl-C within the model's training, and after step 10: the end is that of a run undisturbed."""
-    args = arguments(mopo, small, steps=20, seeds=seeds, **QUICK)
-    whole = trained(tmp_path, monkeypatch, "whole", (mopo.train, args))
+    args = arguments(script, small, steps=20, seeds=seeds, **QUICK)
+    whole = trained(tmp_path, monkeypatch, "whole", (script.train, args))
     progress = Run.progress
 
     def stopped_in_the_model(args):
@@ -283,10 +209,10 @@ def test_resume_is_exact(seeds, small, tmp_path, monkeypatch):
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="Stopped after step 0 and saved"):
             patch.setattr(Run, "progress", interrupted)
-            mopo.train(args)
+            script.train(args)
 
     again = dataclasses.replace(args, resume=True)
-    parts = (stopped_in_the_model, args), (stopped(mopo.train, 10), again), (mopo.train, again)
+    parts = (stopped_in_the_model, args), (stopped(script.train, 10), again), (script.train, again)
     parts = trained(tmp_path, monkeypatch, "parts", *parts)
     assert whole["state"]["epochs"].max() == 2
     for saved in (whole, parts):
@@ -294,11 +220,12 @@ def test_resume_is_exact(seeds, small, tmp_path, monkeypatch):
     assert_equal(whole, parts)
 
 
-def test_seeds_do_not_leak(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", [mopo, morel, combo])
+def test_seeds_do_not_leak(script, small, tmp_path, monkeypatch):
     """The other agent's parameters, model and all, change nothing for an agent."""
-    args = arguments(mopo, small, steps=20, seeds=2, **QUICK)
-    plain = trained(tmp_path, monkeypatch, "plain", (mopo.train, args))["state"]
-    stack = mopo.stack
+    args = arguments(script, small, steps=20, seeds=2, **QUICK)
+    plain = trained(tmp_path, monkeypatch, "plain", (script.train, args))["state"]
+    stack = script.stack
     for agent in (0, 1):
 
         def perturbed(nets, agent=agent):
@@ -306,8 +233,8 @@ def test_seeds_do_not_leak(small, tmp_path, monkeypatch):
                 param.data *= 1.3
             return stack(nets)
 
-        monkeypatch.setattr(mopo, "stack", perturbed)
-        other = trained(tmp_path, monkeypatch, f"other than {agent}", (mopo.train, args))["state"]
+        monkeypatch.setattr(script, "stack", perturbed)
+        other = trained(tmp_path, monkeypatch, f"other than {agent}", (script.train, args))["state"]
         for name in ("dynamics", "actor", "critic"):
             for key, value in plain[name].items():
                 if value.dim() > 1:
@@ -332,15 +259,23 @@ def test_early_stop(small, tmp_path, monkeypatch):
     assert_equal({f"layers.{name}": x for name, x in saved["state"]["best"].items()}, layers)
 
 
-def test_bad_input(small, monkeypatch):
-    load = mopo.load
+@pytest.mark.parametrize("script, name", [(mopo, "MOPO"), (morel, "MOReL"), (combo, "COMBO")])
+def test_bad_input(script, name, small, monkeypatch):
+    load = script.load
 
     def load_other(*words):
         data = load(*words)
         data.task = dataclasses.replace(data.task, env_id="Ant-v4")
         return data
 
-    monkeypatch.setattr(mopo, "load", load_other)
-    args = arguments(mopo, small, steps=10, **QUICK)
-    with pytest.raises(UserError, match="When .* ends is not known; MOPO can learn HalfCheetah, Hopper, Walker2d"):
-        mopo.train(args)
+    monkeypatch.setattr(script, "load", load_other)
+    args = arguments(script, small, steps=10, **QUICK)
+    with pytest.raises(UserError, match=f"When .* ends is not known; {name} can learn HalfCheetah, Hopper, Walker2d"):
+        script.train(args)
+
+
+@pytest.mark.parametrize("script", [mopo, morel, combo])
+def test_a_model_that_diverges(script, small):
+    args = arguments(script, small, steps=10, model_lr=1e30)
+    with pytest.raises(UserError, match="The model diverged: .* Lower --model-lr"):
+        script.train(args)
