@@ -24,6 +24,11 @@ def set_up(function, settings):
     return partial(function, **{name: settings[name] for name in signature(function).parameters if name in settings})
 
 
+def takes_rewards(policy):
+    """Whether a policy is also to be given the reward of the step before."""
+    return "rew" in signature(policy).parameters
+
+
 def load_agent(path, device="cpu"):
     """A checkpoint as (what was saved, its script's module, an empty Dataset that evaluates and scores, the policy as
     a function of normalized obs); of several agents, stacked."""

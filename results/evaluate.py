@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from datasets import BODIES, Dataset, UserError, find_task
 from datasets.collect import load_policy
-from results.checkpoint import load_agent
+from results.checkpoint import load_agent, takes_rewards
 from results.run import choose_device
 
 
@@ -47,7 +47,7 @@ def evaluate(args):
         seeds, rewards = 1, False
     else:
         saved, script, data, policy = load_agent(args.checkpoint, device)
-        seeds, rewards = saved["args"].get("seeds", 1), hasattr(script, "Rollout")
+        seeds, rewards = saved["args"].get("seeds", 1), takes_rewards(policy)
 
     return data.evaluate(policy, args.episodes, args.seed, seeds, rewards), data
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from datasets import UserError
-from results.checkpoint import load_agent
+from results.checkpoint import load_agent, takes_rewards
 
 FPS = 20
 
@@ -50,7 +50,7 @@ def render(checkpoint, seconds=8.0, width=240, seed=0):
         if steps >= len(frames) * per_frame:
             frames.append(env.render())
         x = ((torch.as_tensor(obs, dtype=torch.float32) - data.obs_mean) / data.obs_std).expand(*agents, -1)
-        more = [torch.full(agents, rew)] if hasattr(script, "Rollout") else []
+        more = [torch.full(agents, rew)] if takes_rewards(policy) else []
         with torch.no_grad():
             act = policy(x, *more)
         act = act.flatten()[0].item() if data.n_actions else act.clamp(-1, 1).flatten(0, -2)[0].numpy()
