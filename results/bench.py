@@ -96,8 +96,10 @@ def arguments(script, module, seeds, device, graph=True):
         changes["vae_steps"] = 1
     if script == "bco":
         changes["pre_steps"] = 8000  # it learns from its first iteration on
-    if script == "mopo":  # whose model, and rollouts, come before the first update, and are not counted
+    if script in ("mopo", "morel", "combo"):  # whose model, and rollouts, come before the first update: not counted
         changes |= {"env": "halfcheetah-medium-replay", "model_updates": 1, "rollout_every": LONG}
+    if script == "morel":
+        changes["coef"] = 1.0  # all data are known, whatever the model
     return module.Args(**changes)
 
 

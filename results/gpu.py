@@ -41,7 +41,8 @@ SEEDS, AT_ONCE = 5, 3  # agents of a cell; cells, of which one trains while anot
 # Cells by their multiples of --steps: those that a CPU is too slow for at all, then those that it is for long runs.
 ALGOS = {"rebrac": 1, "cql": 1, "edac": 1, "sac_n": 1, "dt": 1, "td3_bc": 10, "iql": 10}
 ENVS = [f"{body}-{data}" for data in ("medium", "medium-replay", "medium-expert") for body in reproduce.BODIES]
-TRAINED_ON = {"mopo": "halfcheetah-medium-replay", "gail": "hopper-expert"}  # by the bench; the others: see `measure`
+TRAINED_ON = {"gail": "hopper-expert"}  # by the bench; the others: see `measure`
+TRAINED_ON |= dict.fromkeys(("mopo", "morel", "combo"), "halfcheetah-medium-replay")
 
 
 @dataclass
@@ -72,7 +73,7 @@ def collect(args, out):
     """A process that collects beside the rest what bench and cells need, in the order in which they need it."""
     names = [
         "halfcheetah-medium",
-        *TRAINED_ON.values(),
+        *dict.fromkeys(TRAINED_ON.values()),
         *(ENVS if "cells" in args.parts and args.device != "cpu" else []),
     ]
     code = "import sys; from datasets import load; [load(env, 'collected') for env in sys.argv[1:]]"

@@ -66,6 +66,7 @@ if __name__ == "__main__":
     measured = json.loads((RESULTS / "bench.json").read_text())
     together = [cell for group in scores.comparisons(cells).values() for cell in group]
     curves.draw(together, published, RESULTS / "learning_curves.png")
+    interactive.draw(cells, RESULTS / "interactive.png")
     parts = {module.MARK: module.table(cells, published, datasets) for module in TABLES}
     write(ROOT / "README.md", parts | {"scripts": scripts.table(), "peers": speed.peers(measured)})
     write(ROOT / "datasets" / "README.md", {"datasets": dataset_table(datasets)})

@@ -12,7 +12,13 @@ from results.tables import agreement, curves, imitation, interactive, records, r
 from results.tables.records import compared, read_cells, read_published
 from tests.scripts import SCRIPTS, Script
 
-FILES = ["README.md", "results/README.md", "datasets/README.md", "results/learning_curves.png"]
+FILES = [
+    "README.md",
+    "results/README.md",
+    "datasets/README.md",
+    "results/learning_curves.png",
+    "results/interactive.png",
+]
 
 
 def copy_of_the_project(root):
@@ -226,6 +232,22 @@ def test_interactive(folder):
     write(folder, "seed=0", algorithm="bc", env="hopper-expert")
     lines = interactive.table(cells_in(folder), {}, []).splitlines()
     assert lines[2:] == ["| hopper-expert | DAgger | 80.5 ± 0.7 | 2,000 | 5 | 0 | 2 x 4,000 |"]
+
+
+def test_interactive_picture(folder, monkeypatch):
+    """The mean over seeds after each round, each seed's end; of an expert's cells those that are longest."""
+    run = {"algorithm": "dagger", "env": "hopper-expert", "source": "online"}
+    for seed in (0, 1):
+        losses = [{"labels": 10.0 * k + seed, "takeovers": 1.0, "falls": k} for k in (1, 2)]
+        curve = [{"step": 2000 * k, "score": 10.0 * k + 2 * seed, "losses": losses[k - 1]} for k in (1, 2)]
+        write(folder, f"seed={seed}", seed=seed, steps=4000, curve=curve, **run)
+    write(folder, "seed=0,decay=1.0", steps=2000, curve=curve[:1], **run)
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda axis, x, y, *words, **style: drawn.append((*x, *y)))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda axis, **style: None)
+    interactive.draw(cells_in(folder), folder / "interactive.png")
+    assert drawn == [(10.5, 20.5, 11, 21), (20, 21, 20, 22), (1, 2, 11, 21), (2, 2, 20, 22)]
+    assert (folder / "interactive.png").stat().st_size > 1000
 
 
 def test_summary(folder):
