@@ -50,8 +50,8 @@ class Args:
     horizon: int = 4  # H, steps of a plan
     candidates: int = 34  # of each network
     sigma: float = 0.2  # of the noise on the prior's action; of cem's actions at first it is 1
-    beta: float = 0.2  # share of the last plan in an action
-    kappa: float = 0.5  # the larger, the more the best candidates count
+    beta: float = 0.0  # share of the last plan in an action
+    kappa: float = 3.0  # the larger, the more the best candidates count
     iterations: int = 5  # of cem
 
 
