@@ -13,7 +13,7 @@ from datasets.collect import load_expert
 from datasets.dataset import Batch, Dataset, ReturnBatch, SarsaBatch
 from datasets.loading import load
 from datasets.store import cache_dir, write_whole
-from datasets.tasks import icu_sepsis, text
+from datasets.tasks import dark_room, icu_sepsis, text
 from datasets.tasks.gridworlds import find_world
 from datasets.vector_env import Envs
 
@@ -30,6 +30,7 @@ __all__ = [
     "Task",
     "UserError",
     "cache_dir",
+    "dark_room",
     "find_task",
     "find_world",
     "icu_sepsis",

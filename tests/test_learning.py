@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from algorithms import awr, bc, bcq, cql, dt, iql, mopo, offline_sac, td3_bc
+from algorithms import awr, bc, bcq, combo, cql, dt, iql, mbop, mopo, morel, offline_sac, td3_bc
 
 HORIZON = 10
 VALUES = dict(gamma=0.9, tau=0.05)  # sees as far as an episode is long; the targets follow in 20 updates
@@ -46,8 +46,9 @@ class Fork(gymnasium.Env):
 
 @pytest.fixture(autouse=True)
 def fork(monkeypatch):
-    """The environment by its name, and what MOPO has to know of a body: when it ends, here never."""
-    monkeypatch.setitem(mopo.ENDED, "Fork", lambda obs: obs[..., 0] > np.inf)
+    """The environment by its name, and what MOPO and its sisters have to know of a body: when it ends, here never."""
+    for script in (mopo, morel, combo):
+        monkeypatch.setitem(script.ENDED, "Fork", lambda obs: obs[..., 0] > np.inf)
     gymnasium.register("Fork-v0", Fork, max_episode_steps=HORIZON)
     yield
     gymnasium.registry.pop("Fork-v0")
@@ -172,3 +173,19 @@ def test_mopo(tmp_path):
     It settles on the left."""
     args = dict(steps=600, actor_lr=1e-3, h=5, lam=4.0, penalty="disagreement", model_updates=900)
     assert score(mopo, both_ways(), tmp_path, rollouts=500, rollout_every=100, **args, **VALUES) > 15
+
+
+def test_morel(tmp_path):
+    """It learns to stay where its networks agree: what it does is known, in the model and in truth."""
+    args = dict(steps=600, actor_lr=1e-3, h=5, model_updates=900)
+    assert score(morel, both_ways(), tmp_path, rollouts=500, rollout_every=100, **args, **VALUES) > 15
+
+
+def test_combo(tmp_path):
+    args = dict(steps=600, actor_lr=1e-3, h=5, beta=1.0, n_actions=4, model_updates=900)
+    assert score(combo, both_ways(), tmp_path, rollouts=500, rollout_every=100, **args, **VALUES) > 15
+
+
+def test_mbop(tmp_path):
+    args = dict(steps=600, horizon=5, candidates=20, kappa=1.0)
+    assert score(mbop, both_ways(), tmp_path, **args) > 15
