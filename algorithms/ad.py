@@ -41,9 +41,7 @@ class Args:
     resume: bool = False  # continue the run with these arguments from its checkpoint
     record: bool = False  # keep the run's record in results/runs/ as well
     graph: bool = True  # replay each update as one CUDA graph, on a GPU
-    history: Literal["source", "noise", "expert"] = (
-        "source"  # whose: a learner's, a less and less noisy expert's, its own
-    )
+    history: Literal["source", "noise", "expert"] = "source"  # of a learner, a less and less noisy expert, an expert
     context: int | None = None  # episodes in a window; None: as in TUNED
     warmup: int = 500  # updates over which the learning rate rises to lr; then it falls along a cosine
     clip: float = 1.0  # bound on the gradient's norm

@@ -64,6 +64,7 @@ SCRIPTS = {
     "combo": Script("model-based", 375, quick=MODEL | {"n_actions": 2}),
     "mbop": Script("model-based", 280, quick={"horizon": 2, "candidates": 2}),
     "dt": Script("sequence", 280, quick={"context": 5}),
+    "ad": Script("sequence", 280, agent=False),
     "idql": Script("generative", 245, quick={"n_samples": 3}),
     "fql": Script("generative", 230, quick={"width": 32, "flow_steps": 3}),
     "iql_finetune": Script("offline-to-online", 200, acts=True, quick=PHASES),

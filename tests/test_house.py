@@ -14,6 +14,7 @@ LAYERS = [
     {"datasets.collect"},  # which exports to Minari
     {"datasets.collect_discrete"},
     {"datasets.d4rl", "datasets.minari_io"},
+    {"datasets.tasks.dark_room"},
     {"datasets.tasks.text"},
     {"datasets.store"},
     {"datasets.dataset"},
