@@ -266,6 +266,12 @@ def test_checkpoint_acts_alike(planner, small, tmp_path):
     assert returns.tolist() == pytest.approx(json.loads(record.read_text())["returns"], rel=1e-4)
 
 
+def test_least(small, tmp_path):
+    """A plan of one step, one candidate of each network, one iteration."""
+    mbop.train(arguments(mbop, small, steps=1, horizon=1, candidates=1, iterations=1, planner="cem"))
+    assert checkpoint_of(tmp_path).exists()
+
+
 def test_bad_input(tiny):
     for changes in ({"horizon": 0}, {"candidates": 0}, {"iterations": 0}):
         with pytest.raises(UserError, match="must be at least 1"):
