@@ -8,7 +8,7 @@ What is imitated is not a policy but how one becomes better, so the window must 
 expert, whose episodes are all alike, cannot teach it (results/studies/in_context.py); noise (arXiv:2312.12275) needs no
 learner: an expert whose random actions become fewer. Without official code. Differs from the paper: tabular sources
 (A3C); a step is one token, of obs and the act and rew before it (three); one in so many windows begins at a history's
-start, as acting does; smaller: 2 layers (4), no dropout.
+start, as acting does; smaller, with a larger lr: 2 layers (4), lr 1e-3 (3e-4); no dropout.
 Usage: python algorithms/ad.py --env dark-room-5
 """
 
@@ -34,7 +34,7 @@ class Args:
     seed: int = 0
     steps: int = 20_000  # updates
     batch_size: int = 64
-    lr: float = 3e-4
+    lr: float = 1e-3
     eval_every: int = 2_000
     eval_episodes: int = 100
     device: str = "auto"  # auto, cpu, cuda, cuda:1
