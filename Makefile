@@ -59,6 +59,7 @@ studies: $(READY)  ## train and measure what results/studies/ asks (days on a CP
 	$(PYTHON) results/studies/cql_alpha.py
 	$(PYTHON) results/studies/stitching.py
 	$(PYTHON) results/studies/return_conditioning.py
+	$(PYTHON) results/studies/in_context.py
 	$(PYTHON) results/studies/model_error.py
 	$(PYTHON) results/studies/demonstrations.py
 	$(PYTHON) results/studies/compounding.py

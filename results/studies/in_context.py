@@ -83,9 +83,9 @@ def findings():
     rises = min(last) >= 0.8 * final
     sentences = [
         f"Expected in the room: on goals that no history is of, the return rises over episodes in context to 80 % of "
-        f"the source's last, {final:.1f}. {'So it does' if rises else 'Not so'}: from {mean_std(first)} in the first ten "
-        f"episodes to {mean_std(last)} in the last ten, {100 * np.mean(last) / final:.0f} %; on goals of the histories "
-        f"to {mean_std(learned)}. The source itself needs {len(sources['dark-room-5'])} episodes."
+        f"the source's last, {final:.1f}. {'So it does' if rises else 'Not so'}: from {mean_std(first)} in the first "
+        f"ten episodes to {mean_std(last)} in the last ten, {100 * np.mean(last) / final:.0f} %; on goals of the "
+        f"histories to {mean_std(learned)}. The source itself needs {len(sources['dark-room-5'])} episodes."
     ]
     first, last = ends(cells["dark-room-5 expert"])
     flat = max(last) - min(first) < 0.1 * final
