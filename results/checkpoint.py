@@ -37,7 +37,7 @@ def load_agent(path, device="cpu"):
     data.obs_mean, data.obs_std = saved["obs_mean"], saved["obs_std"]
     script = importlib.import_module(f"algorithms.{saved['algorithm']}")
     seeds, members = (saved["args"].get(name, 1) for name in ("seeds", "members"))  # members: of one agent's policy
-    settings = saved["args"] | {"args": script.Args(**saved["args"])}
+    settings = saved["args"] | {"args": script.Args(**saved["args"]), "obs_std": saved["obs_std"]}
     if data.n_actions and hasattr(script, "classifier"):
         actors, act = [script.classifier(data.obs_dim, data.n_actions) for _ in range(seeds)], script.choice
     else:

@@ -65,6 +65,7 @@ SCRIPTS = {
     "mbop": Script("model-based", 280, quick={"horizon": 2, "candidates": 2}),
     "dt": Script("sequence", 280, quick={"context": 5}),
     "ad": Script("sequence", 280, agent=False),
+    "diffuser": Script("generative", 310, quick={"width": 8, "levels": 2, "T": 3, "plans": 2, "horizon": 4}),
     "idql": Script("generative", 245, quick={"n_samples": 3}),
     "fql": Script("generative", 230, quick={"width": 32, "flow_steps": 3}),
     "iql_finetune": Script("offline-to-online", 200, acts=True, quick=PHASES),

@@ -6,7 +6,7 @@ beside it, in the room, expert distillation: the same transformer on an expert's
 acts a hundred episodes in a row on tasks that are held out, with no update of its weights: what it has seen and got in
 its last four episodes (the bandit's: pulls, 100) is all that can make it better. Laid beside it is the source on the
 same tasks, which learns each from nothing, in so many episodes. Regret is what the best arm would have paid more.
-To fit a CPU: 6,000 updates; three seeds.
+To fit a CPU: 6,000 updates in the room, 2,000 of the bandit; three seeds.
 
 Usage: make studies, or python results/studies/in_context.py
 """
@@ -24,7 +24,7 @@ from datasets.tasks import dark_room
 from results.checkpoint import load_checkpoint
 from results.studies.common import SEEDS, keep, kept, mean_std, once, save_figure, train
 
-STUDY, STEPS, EPISODES = "in_context", 6_000, 100
+STUDY, STEPS, EPISODES = "in_context", {"dark-room-5": 6_000, "bandit": 2_000}, 100
 CELLS = ("dark-room-5", "source"), ("dark-room-5", "expert"), ("bandit", "source")
 
 
@@ -60,9 +60,9 @@ def measure():
         runs = []
         for seed in SEEDS:
             name = f"{world} {history} {seed}"
-            words = "--env", world, "--history", history, "--seed", seed, "--eval-every", STEPS
-            checkpoint = train(STUDY, name, "ad", STEPS, *words, source=None)
-            runs.append(once(STUDY, f"{name} returns", [STEPS, EPISODES], partial(returns, checkpoint)))
+            words = "--env", world, "--history", history, "--seed", seed, "--eval-every", STEPS[world]
+            checkpoint = train(STUDY, name, "ad", STEPS[world], *words, source=None)
+            runs.append(once(STUDY, f"{name} returns", [STEPS[world], EPISODES], partial(returns, checkpoint)))
         cells[f"{world} {history}"] = runs
     best = dark_room.split(dark_room.Bandit)[1].max(1).mean()  # what the best arm pays
     keep(STUDY, cells=cells, sources={world: source_returns(world) for world, _ in CELLS}, best_arm=best)
