@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_scripts import arguments
+from test_scripts import arguments, checkpoint_of
 from update import Adam, assert_same, columns, episodes, leaves, trace
 
 from algorithms import diffuser
@@ -311,6 +311,13 @@ def test_rollout():
 def test_bad_input(changes, message, small):
     with pytest.raises(UserError, match=message):
         diffuser.train(arguments(diffuser, small, **changes))
+
+
+@pytest.mark.parametrize("changes", [{"T": 1}, {"acting_steps": 3, "warm": 3}, {"acting_steps": 1, "warm": 1}], ids=str)
+def test_least_and_most(changes, small, tmp_path):
+    """A diffusion of one step; all steps from the last plan; one of one."""
+    diffuser.train(arguments(diffuser, small, steps=1, batch_size=2, **changes))
+    assert checkpoint_of(tmp_path).exists()
 
 
 def test_a_goal_is_rewarded(small, tmp_path):
