@@ -42,15 +42,12 @@ def load_agent(path, device="cpu"):
         actors, act = [script.classifier(data.obs_dim, data.n_actions) for _ in range(seeds)], script.choice
     else:
         act = set_up(script.policy, settings)
-        net, sizes = (
-            (script.Critic, (data.obs_shape, data.n_actions))
-            if data.n_actions
-            else (script.Actor, (data.obs_dim, data.act_dim))
-        )
-        actors = [set_up(net, settings)(*sizes) for _ in range(seeds * members)]
+        net = set_up(script.Critic if data.n_actions else script.Actor, settings)  # of discrete actions the critic acts
+        sizes = (data.obs_shape, data.n_actions) if data.n_actions else (data.obs_dim, data.act_dim)
+        actors = [net(*sizes) for _ in range(seeds * members)]
     actor = (script.stack(actors) if len(actors) > 1 else actors[0]).to(device)
     actor.load_state_dict(saved["state"]["actor" if "actor" in saved["state"] else "critic"])
     policy = script.lift(seeds, act, actor) if seeds > 1 else lambda *inputs: act(*inputs, actor)
     if hasattr(script, "Rollout"):  # a policy with a memory, for one evaluation
-        policy = set_up(script.Rollout, settings)(act_dim=data.act_dim, act=policy)
+        policy = set_up(script.Rollout, settings | {"act_dim": data.act_dim, "act": policy})()
     return saved, script, data, policy

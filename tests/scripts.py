@@ -66,6 +66,7 @@ SCRIPTS = {
     "dt": Script("sequence", 280, quick={"context": 5}),
     "ad": Script("sequence", 280, agent=False),
     "diffuser": Script("generative", 310, quick={"width": 8, "levels": 2, "T": 3, "plans": 2, "horizon": 4}),
+    "decision_diffuser": Script("generative", 320, quick={"width": 8, "levels": 2, "T": 3, "horizon": 4}),
     "idql": Script("generative", 245, quick={"n_samples": 3}),
     "fql": Script("generative", 230, quick={"width": 32, "flow_steps": 3}),
     "iql_finetune": Script("offline-to-online", 200, acts=True, quick=PHASES),

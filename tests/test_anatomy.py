@@ -197,6 +197,7 @@ SISTERS = [("sac_n", "edac", 30), ("iql", "xql", 40), ("iql", "sql", 40), ("iql"
 SISTERS += [("offline_dqn", "discrete_bcq", 40), ("offline_dqn", "discrete_cql", 50)]
 SISTERS += [("dagger", "hg_dagger", 50), ("dagger", "safe_dagger", 40), ("dagger", "ensemble_dagger", 30)]
 SISTERS += [("gail", "gaifo", 20), ("gail", "f_max", 10), ("gail", "airl", 60)]
+SISTERS += [("diffuser", "decision_diffuser", 170)]
 SISTERS += [("mopo", "morel", 90), ("mopo", "combo", 180)]
 SISTERS += [("iql", "iql_finetune", 100), ("awac", "awac_finetune", 100), ("cql", "cal_ql", 140)]
 
