@@ -49,12 +49,12 @@ class Args:
     video: bool = False  # draw the trained policy into the run's folder, at the end
     graph: bool = True  # replay each update as one CUDA graph, on a GPU
     width: int = 32  # channels of the first level
-    levels: int = 4  # of the U-Net, each of twice the channels and half the steps
     guide_steps: int = 2  # along J's gradient, at each t
     acting_steps: int | None = None  # of the t, when acting; None: all
     warm: int | None = None  # of them, from the last plan instead of from noise; None: all, from noise
     plans: int | None = None  # of which the best is taken; None, here and below: as in TUNED
     horizon: int | None = None  # H, steps of a plan
+    levels: int | None = None  # of the U-Net, each of twice the channels and half the steps
     T: int | None = None  # steps of the diffusion
     scale: float | None = None  # of J's gradient
     stop: int | None = None  # t below which it does not count
@@ -62,8 +62,8 @@ class Args:
 
 
 TUNED = {  # "" for all tasks, then by family, then by task: configs of github.com/jannerm/diffuser, also branch maze2d
-    "": dict(plans=64, horizon=32, T=20, scale=0.1, stop=2, goal=False),
-    "halfcheetah": dict(horizon=4, scale=1e-3, stop=4),
+    "": dict(plans=64, horizon=32, levels=4, T=20, scale=0.1, stop=2, goal=False),
+    "halfcheetah": dict(horizon=4, levels=3, scale=1e-3, stop=4),
     "hopper-medium-expert": dict(scale=1e-4, stop=4),
     **dict.fromkeys(("maze2d", "pointmaze"), dict(plans=1, horizon=128, T=64, scale=0.0, goal=True)),
 }

@@ -10,7 +10,7 @@ from test_scripts import arguments, checkpoint_of
 from update import Adam, assert_same, columns, episodes, leaves, trace
 
 from algorithms import diffuser
-from datasets import UserError
+from datasets import UserError, find_task
 
 A, O, H, T = 2, 3, 4, 5
 
@@ -311,6 +311,16 @@ def test_rollout():
 def test_bad_input(changes, message, small):
     with pytest.raises(UserError, match=message):
         diffuser.train(arguments(diffuser, small, **changes))
+
+
+@pytest.mark.parametrize("name", ["hopper-medium", "halfcheetah-medium", "hopper-medium-expert", "maze2d-umaze"])
+def test_published_sizes(name):
+    """A task's own plan can be halved as often as its U-Net does."""
+    task, table = find_task(name), diffuser.TUNED
+    sizes = table[""] | table.get(task.family, {}) | table.get(name, {})
+    dim = (task.obs_dim or 4) + (task.act_dim or 2)
+    x = torch.zeros(1, sizes["horizon"], dim)
+    assert diffuser.Model(dim, 32, sizes["levels"])(x, torch.zeros(1, dtype=torch.long)).shape == x.shape
 
 
 @pytest.mark.parametrize("changes", [{"T": 1}, {"acting_steps": 3, "warm": 3}, {"acting_steps": 1, "warm": 1}], ids=str)
