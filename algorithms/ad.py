@@ -39,7 +39,6 @@ class Args:
     eval_episodes: int = 100
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     resume: bool = False  # continue the run with these arguments from its checkpoint
-    record: bool = False  # keep the run's record in results/runs/ as well
     graph: bool = True  # replay each update as one CUDA graph, on a GPU
     history: Literal["source", "noise", "expert"] = "source"  # of a learner, a less and less noisy expert, an expert
     context: int | None = None  # episodes in a window; None: as in TUNED
