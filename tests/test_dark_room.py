@@ -66,23 +66,48 @@ def test_best():
     assert world.best().tolist() == [3, 8]
 
 
-def test_q_learning():
-    """Of one task, step by step, against a table written out; and what it has learned at the end."""
-    world, rng = SmallDarkRoom(np.array([3])), np.random.default_rng(5)
+@pytest.mark.parametrize("kind, task", [(SmallDarkRoom, 3), (KeyToDoor, (30, 42))])
+def test_q_learning(kind, task):
+    """Of one task, step by step, against a table written out, in which time-outs are not terminal, and what a place is
+    worth changes with the key and with the door alone; and what it has learned at the end."""
+    world, rng, T, cells, size = (
+        kind(np.array([task]), 4),
+        np.random.default_rng(5),
+        kind.length,
+        kind.size**2,
+        kind.size,
+    )
     obs, act, rew = dark_room.play(world, dark_room.q_learning(world, 100, rng))
-    assert obs.shape == act.shape == rew.shape == (1, 1000)
-    rng = np.random.default_rng(5)
-    q = 1e-3 * rng.random((1, 25, 2, 5))[0]
+    assert obs.shape == act.shape == rew.shape == (1, 100 * T)
+    rng, stages = np.random.default_rng(5), 3 if kind is KeyToDoor else 1
+    q = 1e-3 * rng.random((1, stages, cells, 5))[0]
     for episode in range(100):
-        paid = 0
-        for t in range(episode * 10, episode * 10 + 10):
+        stage = 0
+        for t in range(episode * T, episode * T + T):
             random, other = rng.random(1) < 1 - 1.25 * episode / 100, rng.integers(5, size=1)
-            assert act[0, t] == (other[0] if random else q[obs[0, t], paid].argmax())
-            after = int(paid or rew[0, t] > 0)
-            target = rew[0, t] + (0.9 * q[obs[0, t + 1], after].max() if t % 10 < 9 else 0)
-            q[obs[0, t], paid, act[0, t]] += 0.5 * (target - q[obs[0, t], paid, act[0, t]])
-            paid = after
-    assert rew.reshape(100, 10).sum(1)[-10:].min() >= 7  # the goal is three steps away
+            assert act[0, t] == (other[0] if random else q[stage, obs[0, t]].argmax())
+            row, column = np.divmod(obs[0, t], size) + dark_room.MOVES[act[0, t]]
+            after = min(max(row, 0), size - 1) * size + min(max(column, 0), size - 1)
+            later = stage + int(rew[0, t]) if kind is KeyToDoor else 0
+            target = rew[0, t] + 0.9 * q[later, after].max()
+            q[stage, obs[0, t], act[0, t]] += 0.5 * (target - q[stage, obs[0, t], act[0, t]])
+            stage = later
+    if kind is SmallDarkRoom:
+        assert rew.reshape(100, T).sum(1)[-10:].min() >= 7  # the goal is three steps away
+    else:
+        assert rew.reshape(100, T).sum(1).max() == 2
+
+
+@pytest.mark.parametrize("kind", [SmallDarkRoom, DarkRoom, KeyToDoor])
+def test_the_source_gets_better_and_better(kind):
+    """To what there is to be had, without falling back in between."""
+    world, episodes = kind(kind.all_tasks(np.random.default_rng(0))[1][:30], 3), min(kind.episodes, 600)
+    _, _, rew = dark_room.play(world, dark_room.q_learning(world, episodes, np.random.default_rng(3)))
+    tenths = rew.reshape(world.n, 10, -1).sum(2).mean(0) / (episodes // 10)
+    best = kind(world.tasks, 3)
+    _, _, rew = dark_room.play(best, dark_room.expert(best, 3, None))
+    assert np.diff(tenths).min() > -0.02 * tenths[-1] and tenths[0] < 0.3 * tenths[-1]
+    assert tenths[-1] > 0.98 * rew.sum(1).mean() / 3
 
 
 def test_upper_confidence():

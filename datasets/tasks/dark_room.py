@@ -26,12 +26,15 @@ from datasets.store import cache_dir, write_whole
 from datasets.tasks.text import Data
 
 MOVES = np.array([(0, 0), (-1, 0), (0, 1), (1, 0), (0, -1)])  # (row, column)
-MAKER = 1  # to be raised when other histories are made of the same settings
+MAKER = 2  # to be raised when other histories are made of the same settings
 HISTORIES = ("source", "noise", "expert")
 
 
 class World:
-    """n tasks side by side, whose next episode begins by itself: `obs` (n,) int64, what is seen now."""
+    """n tasks side by side, whose next episode begins by itself: `obs` (n,) int64, what is seen now; `after` (n,), what
+    the last step led to, which is `obs` unless an episode has ended there."""
+
+    stages = 1  # of an episode: rewards after which a place is worth something else, and 1
 
     def __init__(self, tasks, seed=0):
         self.tasks, self.n, self.rng = tasks, len(tasks), np.random.default_rng(seed)
@@ -43,6 +46,7 @@ class World:
     def step(self, act):
         """act (n,) int64 -> rew (n,) float64; `obs` is then that of the next step."""
         rew = self.move(act)
+        self.after = self.obs
         self.time += 1
         if self.time == self.length:
             self.begin()
@@ -115,7 +119,7 @@ class SmallDarkRoom(DarkRoom):
 class KeyToDoor(DarkRoom):
     """tasks (n, 2): the cells of key and door."""
 
-    length, episodes, every = 50, 2_000, 40
+    length, episodes, every, stages = 50, 2_000, 40, 3
 
     @classmethod
     def all_tasks(cls, rng):
@@ -156,19 +160,20 @@ def upper_confidence(world, episodes, rng):
 
 
 def q_learning(world, episodes, rng, lr=0.5, gamma=0.9):
-    """Tabular, each task its own; of the actions all are random at first, and none in the last fifth."""
+    """Tabular, each task its own; of the actions all are random at first, and none in the last fifth. An episode's end
+    is a time-out, and not terminal."""
     rows = np.arange(world.n)
-    q = 1e-3 * rng.random((world.n, world.n_obs, 2, world.n_actions))  # the 2: has there been a reward
+    q = 1e-3 * rng.random((world.n, world.stages, world.n_obs, world.n_actions))
     for episode in range(episodes):
-        paid = np.zeros(world.n, int)  # a door is worth nothing before its key
-        for t in range(world.length):
+        stage = np.zeros(world.n, int)
+        for _ in range(world.length):
             obs, random = world.obs, rng.random(world.n) < 1 - 1.25 * episode / episodes
-            act = np.where(random, rng.integers(world.n_actions, size=world.n), q[rows, obs, paid].argmax(1))
+            act = np.where(random, rng.integers(world.n_actions, size=world.n), q[rows, stage, obs].argmax(1))
             rew = yield act
-            after = np.maximum(paid, rew > 0)
-            target = rew + (t + 1 < world.length) * gamma * q[rows, world.obs, after].max(1)
-            q[rows, obs, paid, act] += lr * (target - q[rows, obs, paid, act])
-            paid = after
+            next_stage = np.minimum(stage + (rew > 0), world.stages - 1)
+            target = rew + gamma * q[rows, next_stage, world.after].max(1)
+            q[rows, stage, obs, act] += lr * (target - q[rows, stage, obs, act])
+            stage = next_stage
 
 
 def falling_noise(world, episodes, rng):
