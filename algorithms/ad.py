@@ -85,7 +85,9 @@ class Actor(nn.Module):
 
     def __init__(self, n_obs, n_actions, context):
         super().__init__()
-        self.obs, self.act = nn.Embedding(n_obs, WIDTH), nn.Embedding(n_actions + 1, WIDTH)
+        self.size = math.isqrt(n_obs)  # cells along a side
+        self.row, self.column = nn.Embedding(self.size, WIDTH), nn.Embedding(self.size, WIDTH)
+        self.act = nn.Embedding(n_actions + 1, WIDTH)
         self.rew, self.place = nn.Linear(1, WIDTH), nn.Embedding(context, WIDTH)
         self.blocks = nn.ModuleList(Block(WIDTH) for _ in range(LAYERS))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, n_actions)
@@ -94,7 +96,8 @@ class Actor(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, seq):
-        x = self.obs(seq.obs) + self.act(seq.last_act) + self.rew(seq.last_rew[..., None])
+        x = self.row(seq.obs // self.size) + self.column(seq.obs % self.size)
+        x = x + self.act(seq.last_act) + self.rew(seq.last_rew[..., None])
         x = x + self.place.weight[: x.shape[1]]  # (B, K, WIDTH)
         for block in self.blocks:
             x, _ = block(x)

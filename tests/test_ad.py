@@ -29,7 +29,8 @@ def transformer(p, obs, last_act, last_rew):
     )
     linear = lambda x, name: x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
     K = obs.shape[1]
-    x = p["obs.weight"][obs] + p["act.weight"][last_act] + linear(last_rew[..., None], "rew") + p["place.weight"][:K]
+    x = p["row.weight"][obs // 5] + p["column.weight"][obs % 5]
+    x = x + p["act.weight"][last_act] + linear(last_rew[..., None], "rew") + p["place.weight"][:K]
     for i in range(2):
         qkv = linear(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.qkv")
         heads = []
