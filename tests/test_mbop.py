@@ -220,7 +220,7 @@ def test_linear_system():
 
 def test_seeds_do_not_leak(small, tmp_path, monkeypatch):
     """The other agent's parameters change nothing for an agent, in training and in what it plans."""
-    args, stack = arguments(mbop, small, steps=20, seeds=2, eval_episodes=2), mbop.stack
+    args, stack = arguments(mbop, small, steps=6, eval_every=6, seeds=2), mbop.stack
     ends = []
     for agent in (None, 0, 1):
 
