@@ -64,6 +64,11 @@ SCRIPTS = {
     "combo": Script("model-based", 375, quick=MODEL | {"n_actions": 2}),
     "mbop": Script("model-based", 280, quick={"horizon": 2, "candidates": 2}),
     "dt": Script("sequence", 280, quick={"context": 5}),
+    "tt": Script(
+        "sequence",
+        320,
+        quick={"width": 8, "layers": 1, "context": 2, "bins": 5, "batch_size": 4, "beam": 2, "horizon": 2},
+    ),
     "ad": Script("sequence", 280, agent=False),
     "diffuser": Script("generative", 310, quick={"width": 8, "levels": 2, "T": 3, "plans": 2, "horizon": 4}),
     "decision_diffuser": Script("generative", 320, quick={"width": 8, "levels": 2, "T": 3, "horizon": 4}),
