@@ -48,8 +48,8 @@ class Args:
     record: bool = False  # keep the run's record in results/runs/ as well
     video: bool = False  # draw the trained policy into the run's folder, at the end
     graph: bool = True  # replay each update as one CUDA graph, on a GPU
-    width: int = 128  # of the transformer
-    layers: int = 4
+    width: int = 128  # of the transformer's tokens
+    layers: int = 4  # of the transformer
     context: int = 10  # steps of a window
     bins: int = 100  # N, of each number
     dropout: float = 0.1  # of embeddings, attention and residual branches, in training

@@ -29,10 +29,13 @@ def takes_rewards(policy):
     return "rew" in signature(policy).parameters
 
 
-def load_agent(path, device="cpu"):
+def load_agent(path, device="cpu", **changes):
     """A checkpoint as (what was saved, its script's module, an empty Dataset that evaluates and scores, the policy as
-    a function of normalized obs); of several agents, stacked."""
+    a function of normalized obs); of several agents, stacked. changes: of the script's arguments, to act with."""
     saved = load_checkpoint(path, device)
+    if unknown := changes.keys() - saved["args"].keys():
+        raise UserError(f"{saved['algorithm']}.py has no argument {', '.join(sorted(unknown))}.")
+    saved["args"] |= changes
     data = Dataset.buffer(Task(**saved["task"]), 0, device)
     data.obs_mean, data.obs_std = saved["obs_mean"], saved["obs_std"]
     script = importlib.import_module(f"algorithms.{saved['algorithm']}")

@@ -19,7 +19,7 @@ import torch
 import tyro
 from conftest import ROOT, error_of, start, wait_until
 
-from algorithms import bc, cql, edac, gail, idql, iql, mopo, rebrac, sac, td3_bc
+from algorithms import bc, cql, edac, gail, idql, iql, mbop, mopo, rebrac, sac, td3_bc
 from datasets import TASKS, UserError, collect, find_task
 from datasets.minari_io import export_minari
 from results import evaluate
@@ -121,7 +121,7 @@ def test_train_stop_resume_evaluate(name, seeds, small, tmp_path, monkeypatch):
     assert all(p.is_leaf and not p.requires_grad for net in targets for p in net.parameters())
 
     path = checkpoint_of(tmp_path / "whole")
-    returns, data = evaluate.evaluate(evaluate.Args(path, episodes=2, seed=7))
+    returns, data, _ = evaluate.evaluate(evaluate.Args(path, episodes=2, seed=7))
     for agent, own in enumerate(np.atleast_2d(returns)):
         record = json.loads((path.parent / f"record-seed={7 + agent}.json").read_text())
         np.testing.assert_allclose(own, record["returns"], atol=1e-3)
@@ -275,6 +275,22 @@ def test_evaluate_command():
     process = start("results/evaluate.py", "datasets/policies/halfcheetah-0110000.npz", "--episodes", 2)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "2 episodes" in out and "normalized score 4" in out
+    assert float(out.split("\n")[1].split(" actions/s, 2 at once")[0]) > 100
+
+
+def test_acting_with_other_arguments(small, tmp_path, monkeypatch):
+    """The policy is given them; the time that it takes counts, all episodes' actions of a step in it."""
+    mbop.train(arguments(mbop, small, steps=1))
+    path, seen, clock = checkpoint_of(tmp_path), [], iter(range(10**6))
+    monkeypatch.setattr(mbop, "cem", lambda args, obs, plan, actor: seen.append(args) or plan)
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock))
+    returns, _, rate = evaluate.evaluate(evaluate.Args(path, episodes=2, change=('planner="cem"', "horizon=5")))
+    assert len(returns) == 2 and rate == 2
+    assert {args.horizon for args in seen} == {5} and {args.candidates for args in seen} == {2}
+    with pytest.raises(UserError, match="mbop.py has no argument steeps"):
+        evaluate.evaluate(evaluate.Args(path, change=("steeps=5",)))
+    with pytest.raises(UserError, match="--change takes name=value"):
+        evaluate.evaluate(evaluate.Args(path, change=("horizon",)))
 
 
 def test_evaluate_refuses(tmp_path):
@@ -434,7 +450,7 @@ def test_minari_run(tmp_path, capsys, small):
     out = capsys.readouterr().out
     assert "every score below is the raw return" in out and ": return " in out.splitlines()[-1]
     assert (tmp_path / "runs/bc/minari/test-cheetah-medium-v0").is_dir()
-    returns, data = evaluate.evaluate(evaluate.Args(checkpoint_of(tmp_path), episodes=1))
+    returns, data, _ = evaluate.evaluate(evaluate.Args(checkpoint_of(tmp_path), episodes=1))
     assert data.task.name == "test/cheetah/medium-v0" and np.isfinite(returns).all()
 
 
@@ -544,7 +560,7 @@ def test_cuda(name, small, tmp_path, monkeypatch):
     args = arguments(script, small, steps=20, device="cuda")
     first, second = (stopped(script.train, 10), args), (script.train, dataclasses.replace(args, resume=True))
     trained(tmp_path, monkeypatch, "cuda", first, second)
-    returns, _ = evaluate.evaluate(evaluate.Args(checkpoint_of(tmp_path / "cuda"), episodes=1))
+    returns, _, _ = evaluate.evaluate(evaluate.Args(checkpoint_of(tmp_path / "cuda"), episodes=1))
     assert np.isfinite(returns).all()
 
 
