@@ -60,7 +60,7 @@ class Args:
 
 
 EMA_RATE, EMA_EVERY, EMA_START = 0.005, 10, 2_000  # of the weights that act
-TERMINATION = 100  # what a return is lower by where an episode terminates
+TERMINATION = 100  # what a return is lower by where an episode terminates, unless that is the best that can happen
 HIDDEN = 0.25  # how often ret is left out
 
 
@@ -209,7 +209,8 @@ class Rollout:
 def index(args, data):
     """For each row, (N,): the discounted return from it on, the row after its episode."""
     starts = np.concatenate([[0], data.ends[:-1]])
-    rew, ret = (data.rew - TERMINATION * data.done).double().cpu().numpy(), np.zeros(len(data))
+    fall = data.done * (data.rew < data.rew.max())
+    rew, ret = (data.rew - TERMINATION * fall).double().cpu().numpy(), np.zeros(len(data))
     for start, end in zip(starts, data.ends):
         ret[start:end] = lfilter([1], [1, -args.gamma], rew[start:end][::-1])[::-1]
     end = torch.from_numpy(np.repeat(data.ends, data.ends - starts)).to(data.rows.device)

@@ -68,7 +68,7 @@ TUNED = {  # "" for all tasks, then by family, then by task: configs of github.c
     **dict.fromkeys(("maze2d", "pointmaze"), dict(plans=1, horizon=128, T=64, scale=0.0, goal=True)),
 }
 EMA_RATE, EMA_EVERY, EMA_START = 0.005, 10, 2_000  # of the weights that act
-TERMINATION = 100  # what J takes off where an episode terminates
+TERMINATION = 100  # what J takes off where an episode terminates, unless that is the best that can happen
 
 
 class Residual(nn.Module):
@@ -246,7 +246,8 @@ class Rollout:
 def index(args, data):
     """For each row, (N,): the discounted return from it on, the row after its episode."""
     starts = np.concatenate([[0], data.ends[:-1]])
-    rew, ret = (data.rew - TERMINATION * data.done).double().cpu().numpy(), np.zeros(len(data))
+    fall = data.done * (data.rew < data.rew.max())
+    rew, ret = (data.rew - TERMINATION * fall).double().cpu().numpy(), np.zeros(len(data))
     for start, end in zip(starts, data.ends):
         ret[start:end] = lfilter([1], [1, -args.gamma], rew[start:end][::-1])[::-1]
     end = torch.from_numpy(np.repeat(data.ends, data.ends - starts)).to(data.rows.device)

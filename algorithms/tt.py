@@ -1,7 +1,7 @@
 """TT: Offline RL as One Big Sequence Modeling Problem (Janner et al., NeurIPS 2021), arXiv:2106.02039.
 
     tokens  each number of obs_1, act_1, rew_1, value_1, obs_2, ...: which of its N bins, equally full, it is in
-            value_t = rew_t+1 + gamma rew_t+2 + ... of the data; a termination's rew is -100, and all after it `stop`
+            value_t = rew_t+1 + gamma rew_t+2 + ... of the data; a fall's rew is -100, and all after it `stop`
     loss    L = -E log p(token | those before), actions times 5, over windows of --context steps
     plan    beam search over --horizon steps for  sum_k<=t gamma^k E rew_k + gamma^(t+1) E value_t:
             actions are drawn from the likeliest tokens, observations are the likeliest
@@ -62,18 +62,17 @@ class Args:
     plan_every: int = 1  # steps of a plan that are done
     beam: int | None = None  # sequences that go on; None, here and below: as in TUNED
     horizon: int | None = None  # steps of a plan
-    termination: float | None = None  # rew of a termination
 
 
 TUNED = {  # "" for all tasks, then by family, then by task: the authors' config/offline.py
-    "": dict(beam=128, horizon=15, termination=-100.0),
-    "antmaze": dict(termination=1.0),  # which is success
+    "": dict(beam=128, horizon=15),
     "halfcheetah": dict(beam=32, horizon=5),
     "halfcheetah-medium-expert": dict(horizon=15),
     "walker2d-medium-replay": dict(beam=32, horizon=20),  # theirs also draws from 40 tokens, however likely
     "walker2d-medium-expert": dict(horizon=5),
 }
 HEADS = 4  # of the transformer
+TERMINATION = -100  # the rew of one, where it is not the best that can happen, as it is at a maze's goal
 
 
 class Block(nn.Module):
@@ -243,7 +242,7 @@ def actor_loss(args, weight, tokens, real, actor):
 
 def tabulate(args, data):
     """Each step as its numbers, (N, D): obs, act, rew and value."""
-    rew = torch.where(data.done > 0, args.termination, data.rew)
+    rew = data.rew.masked_fill((data.done > 0) & (data.rew < data.rew.max()), TERMINATION)
     values, start = np.zeros(len(data)), 0
     for end in data.ends:
         ahead = rew[start:end].double().cpu().numpy()

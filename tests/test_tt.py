@@ -276,7 +276,8 @@ def test_update(small, tmp_path, monkeypatch):
         part["timeouts"][[12, 41]] = True
     monkeypatch.setattr(F, "dropout", lambda x, p: x * (1 + p))
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
-    words = dict(width=8, layers=2, context=3, bins=6, batch_size=7, gamma=0.9, termination=-3.0, dropout=0.25)
+    monkeypatch.setattr(tt, "TERMINATION", -3)
+    words = dict(width=8, layers=2, context=3, bins=6, batch_size=7, gamma=0.9, dropout=0.25)
     more = dict(steps=6, warmup=2, lr=2e-3, weight_decay=2.0, clip=0.7)
     args = arguments(tt, tmp_path / "tiny.hdf5", **words, **more)
     traced = trace(tt, monkeypatch, args)
@@ -336,8 +337,16 @@ def test_read_back_acts_the_same(small, tmp_path):
     assert saved["state"]["actor"]["means"].abs().sum() > 0
 
 
-def test_termination_of_antmaze():
-    assert tt.TUNED["antmaze"]["termination"] == 1
+def test_terminations(small):
+    """A fall earns -100 and a maze's goal what it does; no value reaches over an episode's end."""
+    data = load(str(small))
+    data.rows, data.ends, data.size = data.rows[:6].clone(), np.array([3, 5, 6]), 6
+    data.rew[:] = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 2.5])
+    data.done[:] = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0, 0.0])
+    table = tt.tabulate(Args(gamma=0.5), data)
+    assert table[:, -2].tolist() == [1, 2, -100, 4, 5, 2.5]
+    assert table[:, -1].tolist() == [2 - 50, -100, 0, 5, 0, 0]
+    assert torch.equal(table[:, :-2], data.rows[:, : table.shape[1] - 2])
 
 
 @pytest.mark.parametrize(
