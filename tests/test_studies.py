@@ -282,6 +282,19 @@ def test_tightrope():
     assert costs["DAgger"] < 0.4 and compounding.tightrope(0.02, 20_000, 16, 0) == costs
 
 
+def test_rollout_gives_the_reward_before():
+    """To a policy that asks for it: 0 at first, then each step's."""
+    data, told = Dataset.buffer(find_task("hopper-expert"), 0), []
+
+    def policy(obs, rew):
+        told.append(rew)
+        return torch.zeros(len(obs), 3)
+
+    _, rew = common.rollout(data, policy, 2)
+    assert told[0].tolist() == [0, 0] and len(told) == len(rew) > 20
+    np.testing.assert_allclose(torch.stack(told[1:]), rew[:-1], rtol=1e-6)
+
+
 def test_drift():
     """Distances in the expert's deviations, of the episodes that still go on."""
     task = find_task("hopper-expert")

@@ -18,7 +18,7 @@ import torch
 from datasets import UserError, write_whole
 from datasets.dataset import one_thread
 from datasets.vector_env import make_envs
-from results.checkpoint import load_agent
+from results.checkpoint import load_agent, takes_rewards
 from results.run import ROOT, code_version
 
 STUDIES = ROOT / "results" / "studies"
@@ -61,10 +61,11 @@ def train(study, name, script, steps, *words, source="collected"):
 @one_thread()
 def rollout(data, policy, episodes, seed=0):
     """Episodes side by side: obs (T + 1, episodes, O), not normalized, and rew (T, episodes), 0 after an end."""
-    envs = make_envs(data.task, episodes)
+    envs, asks = make_envs(data.task, episodes), takes_rewards(policy)
     obs, rews, running = [envs.reset(1000 * seed + np.arange(episodes))], [], np.ones(episodes, bool)
     while running.any():
-        act = policy(normalized(data, obs[-1])).clamp(-1, 1).numpy()
+        more = [torch.as_tensor(rews[-1] if rews else np.zeros(episodes), dtype=torch.float32)] if asks else []
+        act = policy(normalized(data, obs[-1]), *more).clamp(-1, 1).numpy()
         next_obs, rew, terminated, truncated = envs.step(act)
         obs.append(next_obs)
         rews.append(rew)
