@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 import pytest
 
-from algorithms import awr, bc, bcq, combo, cql, dt, iql, mbop, mopo, morel, offline_sac, td3_bc
+from algorithms import awr, bc, bcq, combo, cql, dt, iql, mbop, mopo, morel, offline_sac, td3_bc, tt
 
 HORIZON = 10
 VALUES = dict(gamma=0.9, tau=0.05)  # sees as far as an episode is long; the targets follow in 20 updates
@@ -196,3 +196,11 @@ def test_mbop(planner, tmp_path):
         mbop, both_ways(), tmp_path, steps=600, horizon=5, candidates=20, sigma=0.1, kappa=1.0, planner=planner
     )
     assert found > 15 if planner == "mppi" else found < -50
+
+
+@pytest.mark.parametrize("beam", [16, 1])
+def test_tt(beam, tmp_path):
+    """What trembles is only what a beam draws from: it plans with the best; the same model as a clone trembles on."""
+    args = dict(steps=300, warmup=30, lr=3e-3, width=32, layers=1, context=3, bins=16, dropout=0.0, gamma=0.9)
+    found = score(tt, shaky(), tmp_path, past=1, horizon=5, beam=beam, **args)
+    assert found > 25 if beam > 1 else found < 10
