@@ -90,11 +90,15 @@ class Dataset:
         self._envs = None  # (how many, environments) of the last evaluation
 
     @classmethod
-    def buffer(cls, task, capacity, device="cpu"):
-        """An empty replay buffer of an online run; once it is full, `add` replaces the oldest transition."""
-        env = task.make_env()
-        O, n_actions = env.observation_space.shape[0], int(getattr(env.action_space, "n", 0))
-        A = 1 if n_actions else env.action_space.shape[0]
+    def buffer(cls, task, capacity, device="cpu", n_actions=None):
+        """An empty replay buffer of an online run; once it is full, `add` replaces the oldest transition. n_actions:
+        of a task without an environment, which else tells the sizes."""
+        if task.evaluable or n_actions is None:
+            env = task.make_env()
+            O, n_actions = env.observation_space.shape[0], int(getattr(env.action_space, "n", 0))
+            A = 1 if n_actions else env.action_space.shape[0]
+        else:
+            O, A = task.obs_dim, 1 if n_actions else task.act_dim
         data = cls(task, "online", "", torch.zeros(0, device=device), [], O, A, n_actions)
         if task.obs_shape:  # each transition's two frames, one after the other
             data.frames = torch.zeros(2 * capacity, O, dtype=torch.uint8, device=device)

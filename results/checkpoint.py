@@ -36,7 +36,7 @@ def load_agent(path, device="cpu", **changes):
     if unknown := changes.keys() - saved["args"].keys():
         raise UserError(f"{saved['algorithm']}.py has no argument {', '.join(sorted(unknown))}.")
     saved["args"] |= changes
-    data = Dataset.buffer(Task(**saved["task"]), 0, device)
+    data = Dataset.buffer(Task(**saved["task"]), 0, device, saved.get("n_actions"))
     data.obs_mean, data.obs_std = saved["obs_mean"], saved["obs_std"]
     script = importlib.import_module(f"algorithms.{saved['algorithm']}")
     seeds, members = (saved["args"].get(name, 1) for name in ("seeds", "members"))  # members: of one agent's policy

@@ -53,6 +53,8 @@ def evaluate(args):
     else:
         saved, script, data, policy = load_agent(args.checkpoint, device, **changes_of(args.change))
         seeds, rewards = saved["args"].get("seeds", 1), takes_rewards(policy)
+        if not data.task.evaluable:
+            data.task.make_env()  # which says why
     taken = []
 
     def timed(*inputs):

@@ -120,6 +120,11 @@ def _checkpoint(path, data, std):
         return Discrete(str(path), lambda obs: F.one_hot(policy(normalized(obs)), data.n_actions).to(obs.dtype))
     actor = script.Actor(data.obs_dim, data.act_dim).to(device).requires_grad_(False)
     actor.load_state_dict(saved["state"]["actor"])
+    if "deviation" in saved["state"]:  # bc.py --policy gaussian
+        deviation = script.mlp(data.obs_dim, 256, 256, data.act_dim).to(device).requires_grad_(False)
+        deviation.load_state_dict(saved["state"]["deviation"])
+        spread = lambda obs: deviation(normalized(obs)).clamp(-5, 2)
+        return Gaussian(str(path), lambda obs: (actor(normalized(obs)), spread(obs)), False)
     sample, lowest = actor(torch.zeros(1, data.obs_dim, device=device)), LOWEST.get(name, -20)
     if isinstance(sample, torch.Tensor):
         log_std = torch.full((data.act_dim,), std, device=device).log() if std else None

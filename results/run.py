@@ -349,6 +349,7 @@ class Run:
             "task": dataclasses.asdict(self.data.task),
             "source": self.data.source,
             "fingerprint": self.data.fingerprint,
+            "n_actions": getattr(self.data, "n_actions", 0),
             "step": self.step,
             "state": {k: v.detach() if isinstance(v, torch.Tensor) else v.state_dict() for k, v in self.state.items()},
             "obs_mean": self.data.obs_mean,

@@ -67,6 +67,14 @@ def test_gaussian_resumes(seeds, small, tmp_path, monkeypatch):
     assert_equal(whole["state"], parts["state"])
     shapes = [x.shape for x in whole["state"]["deviation"].values()]
     assert all(shape[0] == 2 for shape in shapes) if seeds == 2 else shapes[0] == (256, 11)
+    if seeds == 1:  # a policy to be valued has both
+        data = load(str(small))
+        (policy,) = load_policies([next((tmp_path / "whole").rglob("checkpoint.pt"))], data)
+        x = (data.obs[:5] - whole["obs_mean"]) / whole["obs_std"]
+        net = whole["state"]["actor"], whole["state"]["deviation"]
+        mean, log_std = mlp(net[0], x).tanh(), mlp(net[1], x).clamp(-5, 2)
+        expected = torch.distributions.Normal(mean, log_std.exp()).log_prob(data.act[:5]).sum(1)
+        torch.testing.assert_close(policy.log_prob(data.obs[:5], data.act[:5]), expected)
 
 
 def test_discrete_update(small, monkeypatch):

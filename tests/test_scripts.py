@@ -19,11 +19,11 @@ import torch
 import tyro
 from conftest import ROOT, error_of, start, wait_until
 
-from algorithms import bc, cql, edac, gail, idql, iql, mbop, mopo, rebrac, sac, td3_bc
+from algorithms import bc, cql, edac, gail, idql, iql, mbop, mopo, offline_dqn, rebrac, sac, td3_bc
 from datasets import TASKS, UserError, collect, find_task
 from datasets.minari_io import export_minari
 from results import evaluate
-from results.checkpoint import load_checkpoint
+from results.checkpoint import load_agent, load_checkpoint
 from results.run import Run, choose_device
 from tests.scripts import SCRIPTS, TRAINED
 
@@ -438,6 +438,19 @@ def test_without_environment(small, tmp_path, capsys):
         evaluate.evaluate(evaluate.Args(checkpoint_of(tmp_path), episodes=1))
     with pytest.raises(UserError, match="--record keeps scores"):
         td3_bc.train(dataclasses.replace(args, record=True))
+    *_, data, policy = load_agent(checkpoint_of(tmp_path))  # which acts all the same
+    assert (data.obs_dim, data.act_dim, data.n_actions) == (11, 3, 0)
+    assert policy(torch.zeros(2, 5, 11)).shape == (2, 5, 3)
+
+
+def test_discrete_without_environment(small, tmp_path):
+    with h5py.File(small.with_name("cartpole.hdf5")) as file, h5py.File(tmp_path / "own.hdf5", "w") as own:
+        for key in ("observations", "rewards", "terminals", "timeouts"):
+            own[key] = file[key][:]
+        own["actions"] = file["actions"][:].ravel().astype(int)
+    offline_dqn.train(offline_dqn.Args(env=str(tmp_path / "own.hdf5"), steps=2, batch_size=8))
+    *_, data, policy = load_agent(checkpoint_of(tmp_path))
+    assert (data.obs_dim, data.n_actions) == (4, 2) and set(policy(torch.randn(50, 4)).tolist()) <= {0, 1}
 
 
 def test_minari_run(tmp_path, capsys, small):
